@@ -1,0 +1,269 @@
+"""Lesson 25: a hit counter on Redis, and a /health that answers with or without it."""
+
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from flask import Flask, abort, jsonify, request
+from werkzeug.exceptions import HTTPException
+
+try:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.exceptions import ResponseError
+    from redis.retry import Retry
+except ImportError:  # without the package the app serves, and the counter is off
+    redis = None
+    ResponseError = ()
+
+# --- Configuration
+
+
+def setting(name, default):
+    """Return the environment variable `name`, or `default` where it is unset or empty."""
+    return os.environ.get(name) or default
+
+
+def number(name, default, low, high):
+    """Return the setting `name` as an integer. Raises ValueError where it is none from `low` to `high`."""
+    value = setting(name, str(default))
+    if not re.fullmatch("[0-9]{1,10}", value) or not low <= int(value) <= high:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number from {low} to {high} (default {default})")
+    return int(value)
+
+
+def redis_address():
+    """Return host, port and db as redis.Redis takes them, or None without REDIS_HOST. Raises ValueError."""
+    host = setting("REDIS_HOST", None)
+    port = number("REDIS_PORT", 6379, 1, 65535)
+    db = number("REDIS_DB", 0, 0, 2**31 - 1)  # Redis counts its databases in a C int
+    if host and not re.fullmatch(r"[\w.:%-]+", host):
+        raise ValueError(f"REDIS_HOST is {host!r}: it must be a host name or an IP address, with no scheme or path")
+    return {"host": host, "port": port, "db": db} if host else None
+
+
+# --- Redis
+
+WAIT_SECONDS = 1  # for a connection, then for an answer
+PAUSE_SECONDS = 0.7  # wait and pause together stay below the two seconds in which counting resumes
+
+_redis_client = None
+_lock = threading.Lock()
+
+
+def get_redis_client():
+    """Return this process's Redis client, not yet connected; None where the counter is off.
+
+    Raises ValueError for a bad REDIS_ setting, which only an import without `main` can meet.
+    """
+    global _redis_client
+    if _redis_client is None and redis is not None:
+        with _lock:
+            if _redis_client is None and (address := redis_address()):
+                _redis_client = redis.Redis(
+                    **address,
+                    socket_connect_timeout=WAIT_SECONDS,
+                    socket_timeout=WAIT_SECONDS,
+                    retry=Retry(NoBackoff(), 0),  # an INCR without an answer may have counted: never send it twice
+                    protocol=2,  # with driver_info=None: no handshake, whose every step could wait once more
+                    driver_info=None,
+                )
+    return _redis_client
+
+
+class Outage:
+    """What is known of a client's Redis: nothing while `reason` is None, else that it fails, and why.
+
+    A frozen Redis costs whoever asks it a wait. So after a failure one caller at a time asks again, after
+    a pause, and all others get the reason at once. An error that Redis itself answers costs no wait and
+    makes no pause.
+    """
+
+    def __init__(self, client):
+        self.client = client
+        self.reason = None
+        self.answered = False
+        self.asking = False
+        self.ask_again_at = self.ended_at = 0.0  # seconds of time.monotonic()
+
+    def admits(self, now):
+        """Return whether a caller may ask Redis; if so, it has to report `failed` or `succeeded`."""
+        with _lock:
+            if self.reason is None or self.answered:
+                return True
+            if self.asking or now < self.ask_again_at:
+                return False
+            self.asking = True
+            return True
+
+    def failed(self, reason, answered, asked_at):
+        with _lock:
+            self.asking = False
+            if asked_at < self.ended_at:
+                return  # the late failure of an outage that is over
+            if self.reason is None:
+                app.logger.warning("Redis failed, hits are not counted: %s", reason)
+            self.reason, self.answered = reason, answered
+            self.ask_again_at = time.monotonic() + PAUSE_SECONDS
+
+    def succeeded(self, command):
+        with _lock:
+            self.asking = False
+            if self.reason is None or (self.answered and command == "ping"):
+                return  # a Redis that refuses to count answers a ping all the same
+            app.logger.warning("Redis is back, hits are counted again")
+            self.reason, self.ended_at = None, time.monotonic()
+
+
+_outage = Outage(None)
+
+
+def ask_redis(command, *args, valid):
+    """Return (answer, None), or (None, the reason why there is none), or (None, None) with the counter off.
+
+    Takes about WAIT_SECONDS at most, and the time of a name look-up, which the resolver's settings bound.
+    """
+    global _outage
+    try:
+        client = get_redis_client()
+    except ValueError as error:
+        return None, str(error)
+    if client is None:
+        return None, None
+    outage = _outage
+    if outage.client is not client:
+        outage = _outage = Outage(client)
+    asked_at = time.monotonic()
+    if not outage.admits(asked_at):
+        return None, outage.reason
+    try:
+        answer = getattr(client, command)(*args)
+        if not valid(answer):
+            raise TypeError(f"{command.upper()} was answered with {answer!r}: is that a Redis?")
+    except Exception as error:  # what is no Redis makes the client raise more than RedisError
+        reason = str(error) or type(error).__name__
+        outage.failed(reason, isinstance(error, ResponseError), asked_at)
+        return None, reason
+    if outage.reason is not None:
+        outage.succeeded(command)
+    return answer, None
+
+
+# --- Routes
+
+app = Flask(__name__, static_folder=None)
+
+# `main` hands it down, so that a worker started later tells the age of the service instead of its own.
+STARTED_AT = float(setting("LAB25_STARTED_AT", time.monotonic()))
+
+
+@app.before_request
+def refuse_double_slash():
+    """Answer 404 to //health, which the router would take for /health."""
+    if request.environ["PATH_INFO"].startswith("//"):
+        abort(404)
+
+
+@app.get("/")
+def index():
+    """Return the greeting and this hit's number; a HEAD is no hit."""
+    hit_count = redis_error = None
+    if request.method == "GET":
+        hit_count, redis_error = ask_redis("incr", "lab25_hits", valid=lambda answer: type(answer) is int)
+    response = jsonify(
+        message="Hello from lab25",
+        path=request.path,
+        host=request.host,
+        env=setting("LAB_ENV", "dev"),
+        hit_count=hit_count,
+        redis_error=redis_error,
+    )
+    if request.method == "HEAD":  # the length of a GET's answer depends on its number
+        response.automatically_set_content_length = False
+    return response
+
+
+@app.get("/health")
+def health():
+    """Return that this process can serve, which does not depend on Redis."""
+    pong, _ = ask_redis("ping", valid=bool)
+    return jsonify(
+        status="ok",
+        uptime_seconds=int(time.monotonic() - STARTED_AT),
+        hostname=socket.gethostname(),
+        env=setting("LAB_ENV", "dev"),
+        redis_ok=bool(pong),
+        version=setting("BUILD_VERSION", "dev"),
+        build_date=setting("BUILD_DATE", "unknown"),
+    )
+
+
+@app.errorhandler(HTTPException)
+def error_as_json(error):
+    """Return the error as JSON with its own status and headers; a crash arrives here as a bare 500."""
+    response = error.get_response()
+    response.data = jsonify(error=error.description).data
+    response.content_type = "application/json"
+    return response
+
+
+# --- Start
+
+LOGGING = {
+    "formatters": {name: {"format": "%(asctime)s %(levelname)s %(message)s"} for name in ("generic", "access")},
+    "root": {"handlers": ["console"], "level": "INFO"},
+}
+
+
+def main():
+    """Check the environment and serve until SIGTERM. Exits with one line for a value that cannot be used."""
+    try:
+        host, port = setting("HOST", "127.0.0.1"), number("PORT", 8080, 1, 65535)
+        workers, access_log = number("WEB_CONCURRENCY", 2, 1, 64), number("ACCESS_LOG", 0, 0, 1)
+        redis_at = redis_address()
+    except ValueError as error:
+        sys.exit(str(error))
+    try:  # the server shares a port that is taken, and takes no host names
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+            address = free.getsockname()[0]
+    except (OSError, UnicodeError) as error:
+        sys.exit(f"HOST is {host!r} and PORT is {port}: they must be an address and a free port of this machine ({error})")
+
+    from granian import Granian
+    from granian.http import HTTP1Settings
+
+    os.environ["LAB25_STARTED_AT"] = str(STARTED_AT)
+    server = Granian(
+        "app:app",
+        working_dir=Path(__file__).parent,
+        address=address,
+        port=port,
+        interface="wsgi",
+        http="1",
+        http1_settings=HTTP1Settings(header_read_timeout=10_000, max_buffer_size=65_536),
+        workers=workers,
+        blocking_threads=int(os.environ.get("BT", "8")),
+        respawn_failed_workers=True,
+        workers_kill_timeout=8,
+        log_level="error",
+        log_dictconfig=LOGGING,
+        log_access=access_log == 1,
+        log_access_format="%(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
+    )
+    app.logger.info(
+        "lab25-web %s listens on http://%s:%s with %s workers, %s",
+        setting("BUILD_VERSION", "dev"),
+        host,
+        port,
+        workers,
+        "counts in Redis at {host}:{port}/{db}".format(**redis_at) if redis_at else "counts nothing (no REDIS_HOST)",
+    )
+    server.serve()
+
+
+if __name__ == "__main__":
+    main()
