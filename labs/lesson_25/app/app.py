@@ -1,5 +1,6 @@
 """Lesson 25: a hit counter on Redis, and a /health that answers with or without it."""
 
+import gc
 import os
 import re
 import socket
@@ -246,9 +247,9 @@ def main():
         http="1",
         http1_settings=HTTP1Settings(header_read_timeout=10_000, max_buffer_size=65_536),
         workers=workers,
-        blocking_threads=int(os.environ.get("BT", "8")),
+        blocking_threads=6,  # the fastest of 1 to 16 on two cores
         respawn_failed_workers=True,
-        workers_kill_timeout=8,
+        workers_kill_timeout=5,  # seconds; before Docker loses its patience after ten
         log_level="error",
         log_dictconfig=LOGGING,
         log_access=access_log == 1,
@@ -262,6 +263,8 @@ def main():
         workers,
         "counts in Redis at {host}:{port}/{db}".format(**redis_at) if redis_at else "counts nothing (no REDIS_HOST)",
     )
+    # Workers are forked from here. A collection in one would unshare the memory of all: 80 MB instead of 61.
+    gc.freeze()
     server.serve()
 
 

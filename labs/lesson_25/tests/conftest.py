@@ -1,0 +1,102 @@
+"""What every test finds: the app in a fresh state and, for the engine tests, an engine."""
+
+import functools
+import os
+import signal
+import socket
+import socketserver
+import subprocess
+import threading
+
+import app as lab25
+import fakeredis
+import pytest
+
+SETTINGS = (
+    "REDIS_HOST REDIS_PORT REDIS_DB LAB_ENV HOST PORT WEB_CONCURRENCY ACCESS_LOG BUILD_VERSION BUILD_DATE"
+    " LAB25_PORT REGISTRY GHCR_OWNER IMAGE_TAG"
+).split()
+
+
+def pytest_configure(config):
+    """Let a terminated run clean up as an interrupted one does."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+
+
+@functools.cache
+def engine_problem():
+    """Return why there is no engine to test with, or None."""
+    for command in (["docker", "info"], ["docker", "compose", "version"], ["docker", "buildx", "version"]):
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"`{' '.join(command)}` failed: {error}"
+        if result.returncode or "Server:\n ERROR" in result.stdout:
+            return f"`{' '.join(command)}` failed: {(result.stderr or result.stdout).strip().splitlines()[-1]}"
+    return None
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("engine") and (problem := engine_problem()):
+        if os.environ.get("LAB25_ENGINE") == "required":
+            pytest.fail(f"LAB25_ENGINE=required, but there is no Docker Engine: {problem}", pytrace=False)
+        pytest.skip(f"no Docker Engine: {problem}")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """Keep the settings of the shell that runs pytest away from what is tested."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def app(monkeypatch):
+    """The app's module as after its import, with the counter off."""
+    monkeypatch.setattr(lab25, "_redis_client", None)
+    return lab25
+
+
+@pytest.fixture
+def client(app):
+    return app.app.test_client()
+
+
+@pytest.fixture
+def redis_server(app, monkeypatch):
+    """A Redis that the app counts in; set `connected` to False to take it away."""
+    server = fakeredis.FakeServer()
+    monkeypatch.setattr(app, "_redis_client", fakeredis.FakeRedis(server=server))
+    return server
+
+
+@pytest.fixture
+def unused_port():
+    """A TCP port of this machine where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def peer():
+    """A function that starts a server on loopback, which answers whatever it is sent with the same bytes, and returns its port."""
+    servers = []
+
+    def start(speech):
+        class Speaker(socketserver.BaseRequestHandler):
+            def handle(self):
+                while self.request.recv(4096):
+                    self.request.sendall(speech)
+                    if not speech:
+                        return
+
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Speaker)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        servers.append(server)
+        return server.server_address[1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
