@@ -3,14 +3,17 @@
 import functools
 import os
 import signal
-import socket
 import socketserver
 import subprocess
 import threading
 
 import app as lab25
+import engine
 import fakeredis
 import pytest
+
+BUILD_VERSION = "0a1b2c3"
+BUILD_DATE = "2025-11-24T08:00:00Z"
 
 SETTINGS = (
     "REDIS_HOST REDIS_PORT REDIS_DB LAB_ENV HOST PORT WEB_CONCURRENCY ACCESS_LOG BUILD_VERSION BUILD_DATE"
@@ -73,8 +76,7 @@ def redis_server(app, monkeypatch):
 @pytest.fixture
 def unused_port():
     """A TCP port of this machine where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    return engine.free_port()
 
 
 @pytest.fixture
@@ -100,3 +102,18 @@ def peer():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def image():
+    """The image as a build with both arguments makes it."""
+    yield engine.build("dev", "--build-arg", f"BUILD_VERSION={BUILD_VERSION}", "--build-arg", f"BUILD_DATE={BUILD_DATE}")
+    engine.remove_images()
+
+
+@pytest.fixture(scope="module")
+def stack(image, tmp_path_factory):
+    """The local stack, up and healthy; shared by a file's tests, which leave it so."""
+    with engine.local_stack(tmp_path_factory.mktemp("stack"), f"{engine.RUN}:stack") as made:
+        made.up("--build")
+        yield made

@@ -243,19 +243,20 @@ def test_answers_at_once_while_one_request_waits_for_a_frozen_redis(app, client,
 
         def incr(self, *args):
             self.asked += 1
-            time.sleep(0.5)
+            time.sleep(0.3)
             raise redis.TimeoutError("Timeout reading from socket")
 
     frozen = Frozen()
     monkeypatch.setattr(app, "_redis_client", frozen)
+    monkeypatch.setattr(app, "PAUSE_SECONDS", 0.1)
     hit(client)
-    time.sleep(app.PAUSE_SECONDS)
+    time.sleep(0.1)
     waiting = threading.Thread(target=hit, args=[app.app.test_client()])
     waiting.start()
-    time.sleep(0.1)
+    time.sleep(0.05)
     started = time.monotonic()
     assert [hit(client) for _ in range(20)] == [(None, "Timeout reading from socket")] * 20
-    assert time.monotonic() - started < 0.3
+    assert time.monotonic() - started < 0.2
     waiting.join()
     hit(client)
     assert frozen.asked == 2

@@ -1,0 +1,158 @@
+"""The docker command line, and the containers, images and stacks of one test run.
+
+Everything is named after RUN, so that it can neither meet a learner's containers, counter or images nor stay behind.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import socket
+import subprocess
+
+from clients import eventually, get
+
+LESSON = pathlib.Path(__file__).parents[1]
+CONTEXT = LESSON / "app"
+RUN = f"lab25-test-{secrets.token_hex(4)}"
+
+
+def docker(*arguments, check=True, timeout=300, **options):
+    """Run the docker command and return its CompletedProcess, output as text; fail on its failure unless `check` is false."""
+    result = subprocess.run(
+        ["docker", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **options
+    )
+    assert not check or result.returncode == 0, f"docker {' '.join(map(str, arguments))}\n{result.stdout}{result.stderr}"
+    return result
+
+
+def inspect(name, what="container"):
+    """Return what `docker inspect` tells of a container or an image."""
+    return json.loads(docker(what, "inspect", name).stdout)[0]
+
+
+def free_port():
+    """Return a TCP port of this machine where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def build(tag, *options, context=CONTEXT):
+    """Build `context` as RUN:tag and return that name."""
+    image = f"{RUN}:{tag}"
+    docker("build", "--tag", image, *options, context)
+    return image
+
+
+def remove_images():
+    """Remove every image that this run has named, whatever the registry it was named for."""
+    lines = docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}").stdout.splitlines()
+    for line in lines:
+        name, image_id = line.split()
+        if RUN in name:
+            docker("image", "rm", "--force", image_id if name.endswith(":<none>") else name)
+
+
+class Container:
+    """A container, by its name or ID."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def inspect(self):
+        return inspect(self.name)
+
+    @property
+    def health(self):
+        return self.inspect()["State"]["Health"]["Status"]
+
+    def port(self, inside=8080):
+        """Return the port of this machine where the container's is published."""
+        return int(docker("port", self.name, inside).stdout.splitlines()[0].rpartition(":")[2])
+
+    def get(self, path="/", timeout=5):
+        return get(self.port(), path, timeout=timeout)
+
+    def log(self):
+        result = docker("logs", self.name)
+        return result.stdout + result.stderr
+
+    def run(self, *command, **options):
+        """Run a command inside and return its CompletedProcess."""
+        return docker("exec", self.name, *command, **options)
+
+    def python(self, program):
+        """Run a Python program inside and return what it prints."""
+        return self.run("python", "-c", program).stdout
+
+
+@contextlib.contextmanager
+def container(image, *options, command=(), wait=True):
+    """Yield a Container of `image` with its port published; it serves already unless `wait` is false."""
+    name = f"{RUN}-{secrets.token_hex(3)}"
+    try:
+        docker("create", "--name", name, "--publish", "127.0.0.1::8080", *options, image, *command)
+        made = Container(name)
+        if wait:
+            docker("start", name)
+            eventually(lambda: made.get("/health"), 15)
+        yield made
+    finally:
+        docker("rm", "--force", "--volumes", name)
+
+
+class Stack:
+    """One of the lesson's Compose files under a project name, port and image name of the tests' own.
+
+    Container names are fixed in the files, so an override takes them away.
+    """
+
+    def __init__(self, folder, *files, web="", environment=None, project=None):
+        self.project = project or f"{RUN}-{secrets.token_hex(3)}"
+        self.port = free_port()
+        override = folder / f"{self.project}.yml"
+        override.write_text(
+            f"services:\n  web:\n    container_name: !reset null\n{web}  redis:\n    container_name: !reset null\n"
+        )
+        self.files = [*files, override]
+        self.environment = {**os.environ, "LAB25_PORT": str(self.port), **(environment or {})}
+
+    def compose(self, *arguments, **options):
+        files = [word for file in self.files for word in ("--file", file)]
+        return docker("compose", "--project-name", self.project, *files, *arguments, env=self.environment, **options)
+
+    def up(self, *options, **more):
+        return self.compose("up", "--detach", "--wait", *options, **more)
+
+    def down(self, *options):
+        return self.compose("down", "--remove-orphans", "--timeout", "2", *options)
+
+    def container(self, service):
+        return Container(self.compose("ps", "--all", "--quiet", service).stdout.strip())
+
+    def get(self, path="/", timeout=5):
+        return get(self.port, path, timeout=timeout)
+
+    def hits(self):
+        """Return the number of the next hit, once there is one."""
+        return eventually(lambda: self.get().json["hit_count"], 5)
+
+
+@contextlib.contextmanager
+def local_stack(folder, image):
+    """Yield the local Compose file's Stack, built as `image`; everything of it goes at the end."""
+    made = Stack(folder, LESSON / "compose" / "docker-compose.yml", web=f"    image: {image}\n")
+    try:
+        yield made
+    finally:
+        made.down("--volumes")
+
+
+def kill(container_name, pid=None):
+    """Send SIGKILL to a process of this machine, a container's first one by default, as a crash would.
+
+    `docker kill` would not do: the engine takes it for the operator's wish and does not restart the container.
+    """
+    pid = pid or inspect(container_name)["State"]["Pid"]
+    docker("run", "--rm", "--pid", "host", "--privileged", "redis:7-alpine", "sh", "-c", f"kill -9 {pid}")

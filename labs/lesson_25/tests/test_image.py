@@ -1,0 +1,218 @@
+"""The image: who it runs as, what it holds and what it leaves out, what a change costs, how it starts and stops."""
+
+import concurrent.futures
+import json
+import re
+import shutil
+import time
+
+import pytest
+from clients import eventually, get
+from conftest import BUILD_DATE, BUILD_VERSION
+from engine import CONTEXT, build, container, docker, inspect
+
+pytestmark = pytest.mark.engine
+
+# Prints, as JSON, every path of the container that a build tool or a cache would have.
+FIND_LEFTOVERS = r"""
+import json, os, re, shutil, sysconfig
+tools = "pip pip3 gcc cc g++ c++ clang cpp ld as make cmake curl wget git uv poetry cargo rustc".split()
+found = [tool for tool in tools if shutil.which(tool)]
+purelib = sysconfig.get_path("purelib")
+found += [name for name in os.listdir(purelib) if re.match("pip|setuptools|wheel|ensurepip|pytest|fakeredis", name, re.I)]
+for name in ("pip", "ensurepip", "pytest"):
+    try:
+        __import__(name)
+        found.append("import " + name)
+    except ImportError:
+        pass
+for folder in ("/var/lib/apt/lists", "/var/cache/apt/archives", "/root/.cache", "/install", "/tmp", "/app"):
+    for where, _, files in os.walk(folder):
+        found += [os.path.join(where, file) for file in files if file not in ("lock", "app.py")]
+for where, folders, files in os.walk("/"):
+    if where == "/":
+        folders[:] = [folder for folder in folders if folder not in ("proc", "sys", "dev")]
+    found += [os.path.join(where, file) for file in files
+              if re.search(r"^pip-.*whl$|^requirements.*txt$|^Dockerfile$|^\.git|^test_.*\.py$|^\.env", file)]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def web(image):
+    """A container of the image, without Redis; shared, so that tests leave it as it is."""
+    with container(image) as made:
+        yield made
+
+
+@pytest.fixture
+def context(tmp_path):
+    """A copy of the build context, to be changed."""
+    return shutil.copytree(CONTEXT, tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def layers(image):
+    return inspect(image, "image")["RootFS"]["Layers"]
+
+
+def layer_sizes(image):
+    """Return the unpacked bytes of each line of the image's history, the last made first."""
+    return [int(size) for size in docker("history", "--human=false", "--format", "{{.Size}}", image).stdout.split()]
+
+
+# Who and what
+
+
+def test_runs_as_appuser_with_no_shell_and_no_home(web):
+    assert web.python("import os; print(os.getuid(), os.getgid() != 0, os.geteuid())") == "10001 True 10001\n"
+    user = web.python("import pwd; u = pwd.getpwuid(10001); print(u.pw_name, u.pw_shell); import os; print(os.path.exists(u.pw_dir))")
+    assert user == "appuser /usr/sbin/nologin\nFalse\n"
+
+
+def test_cannot_write_to_its_own_program(web):
+    assert web.python("import os; print([p for p in ('/app', '/app/app.py', '/usr/local/lib') if os.access(p, os.W_OK)])") == "[]\n"
+
+
+def test_runs_read_only_without_capabilities_and_as_any_user(image):
+    options = "--read-only --cap-drop ALL --security-opt no-new-privileges --user 12345:12345".split()
+    with container(image, *options) as made:
+        assert made.get().status == 200
+
+
+def test_holds_no_build_tool_cache_or_test(web):  # nor the build's own files
+    assert json.loads(web.python(FIND_LEFTOVERS)) == []
+
+
+def test_what_looks_for_leftovers_finds_them():
+    result = docker("run", "--rm", "python:3.12-slim", "python", "-c", FIND_LEFTOVERS)
+    assert {"pip", "import pip", "import ensurepip"} <= set(json.loads(result.stdout))
+
+
+def test_holds_the_locked_packages_and_no_other(web):
+    locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+) \\$", (CONTEXT / "requirements.txt").read_text(), re.M))
+    found = json.loads(
+        web.python(
+            "import json, importlib.metadata as m;"
+            "print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+        )
+    )
+    assert found == locked
+
+
+def test_a_build_takes_in_only_what_it_needs(context, tmp_path):
+    (context / ".env").write_text("TOKEN=secret")
+    (context / "large.bin").write_bytes(bytes(1_000_000))
+    dockerfile = tmp_path / "Dockerfile"
+    dockerfile.write_text("FROM scratch\nCOPY . /\n")
+    docker("build", "--file", dockerfile, "--output", tmp_path / "context", context)
+    assert {path.name for path in (tmp_path / "context").iterdir()} == {"app.py", "requirements.txt"}
+
+
+def test_labels_and_health_tell_the_build(image, web):
+    config = inspect(image, "image")["Config"]
+    labels = {"maintainer": "vlrrbn", "service": "lab25-web", "env": "lab"}
+    oci = {"title": "lab25-web", "version": BUILD_VERSION, "created": BUILD_DATE}
+    assert config["Labels"] == labels | {f"org.opencontainers.image.{name}": value for name, value in oci.items()}
+    assert set(config["ExposedPorts"]) == {"8080/tcp"}
+    answer = web.get("/health").json
+    assert (answer["version"], answer["build_date"], answer["env"]) == (BUILD_VERSION, BUILD_DATE, "lab")
+
+
+def test_the_builder_builds_alone():
+    builder = build("builder", "--target", "builder")
+    assert inspect(builder, "image")["Config"]["Labels"]["stage"] == "builder"
+    docker("run", "--rm", builder, "test", "-x", "/install/bin/flask")
+
+
+def test_stays_below_its_limit_over_the_base(image):
+    over_the_base = layer_sizes(image)[: -len(layer_sizes("python:3.12-slim"))]
+    assert sum(over_the_base) < 36_000_000
+
+
+# What a change costs
+
+
+def test_a_change_of_the_app_makes_one_small_new_layer(image, context):
+    (context / "app.py").chmod(0o600)
+    with (context / "app.py").open("a") as file:
+        file.write("# changed\n")
+    changed = build("changed", context=context)
+    assert layers(changed)[:-1] == layers(image)[:-1]
+    assert layers(changed)[-1] != layers(image)[-1]
+    assert max(size for size in layer_sizes(changed)[:5]) < 50_000
+    with container(changed) as made:  # though only its owner may read the file here
+        assert made.get().status == 200
+
+
+def test_a_new_version_makes_no_new_layer(image):
+    other = build("other", "--build-arg", "BUILD_VERSION=other")
+    assert layers(other) == layers(image)
+    assert inspect(other, "image")["Config"]["Labels"]["org.opencontainers.image.version"] == "other"
+
+
+# Health
+
+
+def test_the_health_check_passes_while_it_serves(image):
+    with container(image) as made:
+        eventually(lambda: made.health == "healthy", 5)
+
+
+@pytest.mark.parametrize("settings", [["PORT=9090"], ["HOST=", "PORT="], ["HOST=127.0.0.1"], ["HOST=::", "PORT=80"]])
+def test_the_health_check_follows_host_and_port(image, settings):
+    options = [word for setting in settings for word in ("--env", setting)]
+    with container(image, *options, wait=False) as made:
+        docker("start", made.name)
+        eventually(lambda: made.health == "healthy", 5)
+
+
+def test_port_is_honoured(image):
+    with container(image, "--env", "PORT=9090", "--publish", "127.0.0.1::9090", wait=False) as made:
+        docker("start", made.name)
+        assert eventually(lambda: get(made.port(9090), "/health"), 10).status == 200
+
+
+@pytest.mark.parametrize("fault", ["raise SystemError", "time.sleep(60)"])
+def test_the_health_check_fails_when_health_does(image, tmp_path, fault):
+    broken = tmp_path / "app.py"
+    broken.write_text((CONTEXT / "app.py").read_text().replace('pong, _ = ask', f"{fault}\n    pong, _ = ask"))
+    broken.chmod(0o644)
+    with container(image, "--health-interval", "200ms", "--health-start-period", "1ms", wait=False) as made:
+        docker("cp", broken, f"{made.name}:/app/app.py")
+        docker("start", made.name)
+        eventually(lambda: made.health == "unhealthy", 15)
+
+
+# Start and stop
+
+
+def test_a_bad_value_ends_it_with_one_line(image):
+    with container(image, "--env", "PORT=http", wait=False) as made:
+        result = docker("start", "--attach", made.name, check=False)
+        assert result.returncode not in (0, None)
+        (line,) = (result.stdout + result.stderr).splitlines()
+        assert "PORT is 'http'" in line
+
+
+def test_stops_at_once_when_idle(image):
+    with container(image) as made:
+        began = time.monotonic()
+        docker("stop", made.name)
+        assert time.monotonic() - began < 1
+        assert made.inspect()["State"]["ExitCode"] == 0
+
+
+def test_finishes_a_request_in_flight(image):
+    silent = "import socket; s = socket.create_server(('', 6379)); c, _ = s.accept(); print('asked', flush=True); c.recv(99); c.recv(99)"
+    with container(image, wait=False, command=["python", "-c", silent]) as redis:
+        docker("start", redis.name)
+        address = redis.inspect()["NetworkSettings"]["Networks"]["bridge"]["IPAddress"]
+        with container(image, "--env", f"REDIS_HOST={address}", wait=False) as made:
+            docker("start", made.name)
+            eventually(lambda: made.health == "healthy" or made.log().count("listens"), 10)
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                answer = pool.submit(eventually, made.get, 10)
+                eventually(lambda: "asked" in redis.log(), 10)
+                docker("stop", made.name)
+                assert answer.result().status == 200
+            assert made.inspect()["State"]["ExitCode"] == 0
