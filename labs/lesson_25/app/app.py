@@ -91,15 +91,15 @@ class Outage:
         self.asking = False
         self.ask_again_at = self.ended_at = 0.0  # seconds of time.monotonic()
 
-    def admits(self, now):
-        """Return whether a caller may ask Redis; if so, it has to report `failed` or `succeeded`."""
+    def refuses(self, now):
+        """Return the reason not to ask Redis, or None: then the caller asks, and reports `failed` or `succeeded`."""
         with _lock:
             if self.reason is None or self.answered:
-                return True
+                return None
             if self.asking or now < self.ask_again_at:
-                return False
+                return self.reason
             self.asking = True
-            return True
+            return None
 
     def failed(self, reason, answered, asked_at):
         with _lock:
@@ -139,8 +139,8 @@ def ask_redis(command, *args, valid):
     if outage.client is not client:
         outage = _outage = Outage(client)
     asked_at = time.monotonic()
-    if not outage.admits(asked_at):
-        return None, outage.reason
+    if reason := outage.refuses(asked_at):
+        return None, reason
     try:
         answer = getattr(client, command)(*args)
         if not valid(answer):
@@ -232,7 +232,9 @@ def main():
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
             address = free.getsockname()[0]
     except (OSError, UnicodeError) as error:
-        sys.exit(f"HOST is {host!r} and PORT is {port}: they must be an address and a free port of this machine ({error})")
+        sys.exit(
+            f"HOST is {host!r} and PORT is {port}: they must be an address and a free port of this machine ({error})"
+        )
 
     from granian import Granian
     from granian.http import HTTP1Settings

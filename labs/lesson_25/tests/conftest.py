@@ -15,10 +15,10 @@ import pytest
 BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
 
-SETTINGS = (
-    "REDIS_HOST REDIS_PORT REDIS_DB LAB_ENV HOST PORT WEB_CONCURRENCY ACCESS_LOG BUILD_VERSION BUILD_DATE"
-    " LAB25_PORT REGISTRY GHCR_OWNER IMAGE_TAG"
-).split()
+SETTINGS = {
+    *("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "LAB_ENV", "HOST", "PORT", "WEB_CONCURRENCY", "ACCESS_LOG"),
+    *("BUILD_VERSION", "BUILD_DATE", "LAB25_PORT", "REGISTRY", "GHCR_OWNER", "IMAGE_TAG"),
+}
 
 
 def pytest_configure(config):
@@ -81,7 +81,7 @@ def unused_port():
 
 @pytest.fixture
 def peer():
-    """A function that starts a server on loopback, which answers whatever it is sent with the same bytes, and returns its port."""
+    """A function that starts a server on loopback, which answers all that it is sent alike, and returns its port."""
     servers = []
 
     def start(speech):
@@ -107,7 +107,9 @@ def peer():
 @pytest.fixture(scope="session")
 def image():
     """The image as a build with both arguments makes it."""
-    yield engine.build("dev", "--build-arg", f"BUILD_VERSION={BUILD_VERSION}", "--build-arg", f"BUILD_DATE={BUILD_DATE}")
+    yield engine.build(
+        "dev", "--build-arg", f"BUILD_VERSION={BUILD_VERSION}", "--build-arg", f"BUILD_DATE={BUILD_DATE}"
+    )
     engine.remove_images()
 
 

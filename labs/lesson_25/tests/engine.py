@@ -19,11 +19,18 @@ RUN = f"lab25-test-{secrets.token_hex(4)}"
 
 
 def docker(*arguments, check=True, timeout=300, **options):
-    """Run the docker command and return its CompletedProcess, output as text; fail on its failure unless `check` is false."""
+    """Run the docker command and return its CompletedProcess, with text output; with `check`, fail where it does."""
     result = subprocess.run(
-        ["docker", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **options
+        ["docker", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        **options,
     )
-    assert not check or result.returncode == 0, f"docker {' '.join(map(str, arguments))}\n{result.stdout}{result.stderr}"
+    assert not check or result.returncode == 0, (
+        f"docker {' '.join(map(str, arguments))}\n{result.stdout}{result.stderr}"
+    )
     return result
 
 

@@ -19,7 +19,7 @@ import json, os, re, shutil, sysconfig
 tools = "pip pip3 gcc cc g++ c++ clang cpp ld as make cmake curl wget git uv poetry cargo rustc".split()
 found = [tool for tool in tools if shutil.which(tool)]
 purelib = sysconfig.get_path("purelib")
-found += [name for name in os.listdir(purelib) if re.match("pip|setuptools|wheel|ensurepip|pytest|fakeredis", name, re.I)]
+found += [name for name in os.listdir(purelib) if re.match("pip|setuptools|wheel|pytest|fakeredis", name, re.I)]
 for name in ("pip", "ensurepip", "pytest"):
     try:
         __import__(name)
@@ -65,16 +65,21 @@ def layer_sizes(image):
 
 def test_runs_as_appuser_with_no_shell_and_no_home(web):
     assert web.python("import os; print(os.getuid(), os.getgid() != 0, os.geteuid())") == "10001 True 10001\n"
-    user = web.python("import pwd; u = pwd.getpwuid(10001); print(u.pw_name, u.pw_shell); import os; print(os.path.exists(u.pw_dir))")
+    user = web.python(
+        "import pwd; u = pwd.getpwuid(10001); print(u.pw_name, u.pw_shell); import os; print(os.path.exists(u.pw_dir))"
+    )
     assert user == "appuser /usr/sbin/nologin\nFalse\n"
 
 
 def test_cannot_write_to_its_own_program(web):
-    assert web.python("import os; print([p for p in ('/app', '/app/app.py', '/usr/local/lib') if os.access(p, os.W_OK)])") == "[]\n"
+    assert (
+        web.python("import os; print([p for p in ('/app', '/app/app.py', '/usr/local/lib') if os.access(p, os.W_OK)])")
+        == "[]\n"
+    )
 
 
 def test_runs_read_only_without_capabilities_and_as_any_user(image):
-    options = "--read-only --cap-drop ALL --security-opt no-new-privileges --user 12345:12345".split()
+    options = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "12345:12345"]
     with container(image, *options) as made:
         assert made.get().status == 200
 
@@ -175,7 +180,7 @@ def test_port_is_honoured(image):
 @pytest.mark.parametrize("fault", ["raise SystemError", "time.sleep(60)"])
 def test_the_health_check_fails_when_health_does(image, tmp_path, fault):
     broken = tmp_path / "app.py"
-    broken.write_text((CONTEXT / "app.py").read_text().replace('pong, _ = ask', f"{fault}\n    pong, _ = ask"))
+    broken.write_text((CONTEXT / "app.py").read_text().replace("pong, _ = ask", f"{fault}\n    pong, _ = ask"))
     broken.chmod(0o644)
     with container(image, "--health-interval", "200ms", "--health-start-period", "1ms", wait=False) as made:
         docker("cp", broken, f"{made.name}:/app/app.py")
@@ -203,7 +208,10 @@ def test_stops_at_once_when_idle(image):
 
 
 def test_finishes_a_request_in_flight(image):
-    silent = "import socket; s = socket.create_server(('', 6379)); c, _ = s.accept(); print('asked', flush=True); c.recv(99); c.recv(99)"
+    silent = (
+        "import socket; server = socket.create_server(('', 6379)); asker, _ = server.accept();"
+        "print('asked', flush=True); asker.recv(99); asker.recv(99)"
+    )
     with container(image, wait=False, command=["python", "-c", silent]) as redis:
         docker("start", redis.name)
         address = redis.inspect()["NetworkSettings"]["Networks"]["bridge"]["IPAddress"]

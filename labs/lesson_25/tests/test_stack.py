@@ -9,7 +9,7 @@ import time
 
 import pytest
 from clients import FAILURES, eventually
-from engine import LESSON, RUN, Stack, docker, kill, local_stack
+from engine import LESSON, RUN, Stack, kill, local_stack
 
 pytestmark = pytest.mark.engine
 
@@ -29,13 +29,18 @@ def test_counts_up_by_one_and_both_are_healthy(stack):
     first = stack.hits()
     assert [stack.get().json["hit_count"] for _ in range(3)] == [first + 1, first + 2, first + 3]
     assert stack.get("/health").json["redis_ok"] is True
-    assert {service: stack.container(service).health for service in ("web", "redis")} == {"web": "healthy", "redis": "healthy"}
+    assert {service: stack.container(service).health for service in ("web", "redis")} == {
+        "web": "healthy",
+        "redis": "healthy",
+    }
 
 
 def test_runs_without_privileges(stack, service):
     """Looks at the running process, since a file can promise what the engine does not do."""
     made = stack.container(service)
-    status = dict(line.split(":\t", 1) for line in made.run("cat", "/proc/1/status").stdout.splitlines() if ":\t" in line)
+    status = dict(
+        line.split(":\t", 1) for line in made.run("cat", "/proc/1/status").stdout.splitlines() if ":\t" in line
+    )
     uids = set(status["Uid"].split())
     assert uids == ({"10001"} if service == "web" else {"999"})
     assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
@@ -74,7 +79,7 @@ def test_redis_listens_on_no_port_of_this_machine(stack):
 def test_writes_every_hit_to_the_disk(stack):
     redis = stack.container("redis")
     settings = redis.run("redis-cli", "config", "get", "append*").stdout.split()
-    pairs = dict(zip(settings[::2], settings[1::2]))
+    pairs = dict(zip(settings[::2], settings[1::2], strict=True))
     assert (pairs["appendonly"], pairs["appendfsync"]) == ("yes", "always")
 
 
@@ -133,7 +138,9 @@ def test_watch_brings_a_saved_change_into_the_running_container(tmp_path):
     try:
         stack.up("--build")
         command = ["docker", "compose", "--project-name", stack.project, *files, "watch", "--no-up"]
-        with subprocess.Popen(command, env=stack.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as watch:
+        with subprocess.Popen(
+            command, env=stack.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as watch:
             try:
                 for line in watch.stdout:
                     if "Watch enabled" in line:

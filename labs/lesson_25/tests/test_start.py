@@ -19,7 +19,7 @@ APP = pathlib.Path(__file__).parents[1] / "app" / "app.py"
 
 @pytest.fixture
 def start(unused_port, tmp_path):
-    """A function that starts the app, waits until it serves, and returns its process and port. Its output is in `process.log`."""
+    """A function that starts the app, waits until it serves, and returns its process, with its `log`, and port."""
     started = []
 
     def run(**settings):
@@ -27,7 +27,11 @@ def start(unused_port, tmp_path):
         log = tmp_path / f"{len(started)}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, APP], env={**os.environ, **settings}, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT
+                [sys.executable, APP],
+                env={**os.environ, **settings},
+                cwd=tmp_path,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
         process.log = log
         started.append(process)
