@@ -52,12 +52,11 @@ def build(tag, *options, context=CONTEXT):
     return image
 
 
-def remove_images():
-    """Remove every image that this run has named, whatever the registry it was named for."""
-    lines = docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}").stdout.splitlines()
-    for line in lines:
+def remove_images(naming=RUN):
+    """Remove every image whose name contains `naming`, by default those that this run has made."""
+    for line in docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}").stdout.splitlines():
         name, image_id = line.split()
-        if RUN in name:
+        if naming in name:
             docker("image", "rm", "--force", image_id if name.endswith(":<none>") else name)
 
 
@@ -118,7 +117,7 @@ class Stack:
     def __init__(self, folder, *files, web="", environment=None, project=None):
         self.project = project or f"{RUN}-{secrets.token_hex(3)}"
         self.port = free_port()
-        override = folder / f"{self.project}.yml"
+        override = folder / f"{secrets.token_hex(3)}.yml"
         override.write_text(
             f"services:\n  web:\n    container_name: !reset null\n{web}  redis:\n    container_name: !reset null\n"
         )
