@@ -3,11 +3,11 @@
 import gc
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 from flask import Flask, abort, jsonify, request
 from werkzeug.exceptions import HTTPException
@@ -242,7 +242,6 @@ def main():
     os.environ["LAB25_STARTED_AT"] = str(STARTED_AT)
     server = Granian(
         "app:app",
-        working_dir=Path(__file__).parent,
         address=address,
         port=port,
         interface="wsgi",
@@ -265,6 +264,8 @@ def main():
         workers,
         "counts in Redis at {host}:{port}/{db}".format(**redis_at) if redis_at else "counts nothing (no REDIS_HOST)",
     )
+    # Until a new worker has a handler of its own it would have this process's, and ignore a SIGTERM.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     # Workers are forked from here. A collection in one would unshare the memory of all: 80 MB instead of 61.
     gc.freeze()
     server.serve()

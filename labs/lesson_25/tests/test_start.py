@@ -12,6 +12,7 @@ import time
 
 import fakeredis
 import pytest
+
 from clients import eventually, get
 
 APP = pathlib.Path(__file__).parents[1] / "app" / "app.py"
@@ -155,6 +156,14 @@ def test_a_signal_ends_it_at_once_with_status_0(start, number):
     assert time.monotonic() - began < 1
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
+
+
+def test_workers_that_are_still_starting_do_not_hold_up_the_end(start):
+    process, _ = start(WEB_CONCURRENCY="4")  # the first of them listens
+    began = time.monotonic()
+    process.terminate()
+    assert process.wait(10) == 0
+    assert time.monotonic() - began < 2, process.log.read_text()
 
 
 def test_a_request_in_flight_is_answered_before_the_end(start):

@@ -1,0 +1,290 @@
+"""The service while things around it go wrong, with clients asking meanwhile."""
+
+import concurrent.futures
+import contextlib
+import itertools
+import time
+
+import pytest
+
+from clients import Visitors, eventually, get
+from engine import RUN, container, docker, kill
+
+pytestmark = pytest.mark.engine
+
+BACK_WITHIN_SECONDS = 2
+HEALTH_WITHIN_SECONDS = 1.5
+
+
+def ping(redis):
+    """Return whether Redis answers from within its container."""
+    return "PONG" in redis.run("redis-cli", "ping", check=False).stdout
+
+
+def counts(ask):
+    return ask().json["hit_count"] is not None
+
+
+def memory_bytes(made):
+    """Return what `docker stats` says of the container's memory."""
+    used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", made.name).stdout.split(" /")[0]
+    number, unit = used[:-3], used[-3:]
+    return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
+
+
+# Redis goes, and comes back
+
+
+@pytest.mark.slow
+def test_redis_going_ten_times_costs_no_answer_and_no_number(stack):
+    """Stopped and started, killed, restarted: never a 5xx, no number twice, none answered and then lost."""
+    redis = stack.container("redis")
+
+    def stop_and_start():
+        docker("stop", redis.name)
+        time.sleep(1)
+        docker("start", redis.name)
+
+    def crash():
+        kill(redis.name)
+
+    def restart():
+        docker("restart", redis.name)
+
+    with Visitors(stack.get) as visitors:
+        for fault in itertools.islice(itertools.cycle([stop_and_start, crash, restart]), 10):
+            fault()
+            eventually(lambda: ping(redis), 10)
+            eventually(lambda: counts(stack.get), BACK_WITHIN_SECONDS)
+    numbers = visitors.numbers()
+    assert all(own == sorted(own) for own in numbers)
+    everyone = list(itertools.chain(*numbers))
+    assert len(everyone) == len(set(everyone)) > 1000
+    assert int(redis.run("redis-cli", "get", "lab25_hits").stdout) >= max(everyone)
+
+
+def test_a_frozen_redis_holds_up_neither_health_nor_memory(stack):
+    web, redis = stack.container("web"), stack.container("redis")
+    with Visitors(stack.get, count=64):
+        time.sleep(3)
+    before = memory_bytes(web)
+    slowest = 0
+    with Visitors(stack.get, count=64) as visitors:
+        time.sleep(1)
+        docker("pause", redis.name)
+        try:
+            frozen_until = time.monotonic() + 12  # long enough for the engine's own health check
+            while time.monotonic() < frozen_until:
+                began = time.monotonic()
+                assert stack.get("/health").status == 200
+                slowest = max(slowest, time.monotonic() - began)
+                time.sleep(0.05)
+        finally:
+            docker("unpause", redis.name)
+        eventually(lambda: counts(stack.get), BACK_WITHIN_SECONDS)
+    assert slowest < HEALTH_WITHIN_SECONDS
+    assert web.health == "healthy"
+    assert web.inspect()["State"]["Health"]["FailingStreak"] == 0
+    visitors.numbers()
+    assert memory_bytes(web) < before * 1.15
+
+
+def test_the_log_has_one_line_when_redis_goes_and_one_when_it_is_back(stack):
+    web, redis = stack.container("web"), stack.container("redis")
+    lines = len(web.log().splitlines())
+    with Visitors(stack.get, pause=0.01):
+        time.sleep(0.5)
+        docker("pause", redis.name)
+        time.sleep(3)
+        docker("unpause", redis.name)
+        time.sleep(BACK_WITHIN_SECONDS)
+    new = web.log().splitlines()[lines:]
+    gone = [line for line in new if "Redis failed" in line]
+    back = [line for line in new if "Redis is back" in line]
+    assert len(gone) == len(back) == 2, "one of each from each worker"
+    assert len(new) == 4
+    assert all("Timeout" in line for line in gone)
+
+
+# Each cause is named, and passes
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "cure"),
+    [
+        pytest.param("del lab25_hits; lpush lab25_hits 1", "WRONGTYPE", "del lab25_hits", id="wrong-type"),
+        pytest.param("config set maxmemory 1", "maxmemory", "config set maxmemory 0", id="full-memory"),
+        pytest.param("replicaof 192.0.2.1 6379", "read only replica", "replicaof no one", id="read-only-replica"),
+    ],
+)
+def test_an_error_that_redis_answers_is_named_and_passes(stack, fault, cause, cure):
+    redis = stack.container("redis")
+
+    def tell(commands):
+        for command in commands.split("; "):
+            assert "ERR" not in redis.run("redis-cli", *command.split()).stdout
+
+    stack.hits()
+    tell(fault)
+    try:
+        answer = stack.get()
+        assert (answer.status, answer.json["hit_count"]) == (200, None)
+        assert cause in answer.json["redis_error"]
+    finally:
+        tell(cure)
+    eventually(lambda: counts(stack.get), BACK_WITHIN_SECONDS)
+
+
+def test_a_redis_that_is_cut_off_is_named_and_counts_again(stack):
+    redis = stack.container("redis")
+    network = f"{stack.project}_backend"
+    stack.hits()
+    docker("network", "disconnect", network, redis.name)
+    try:
+        error = eventually(lambda: stack.get().json["redis_error"], 5)
+        assert "redis:6379" in error or "Timeout" in error
+    finally:
+        docker("network", "connect", "--alias", "redis", network, redis.name)
+    eventually(lambda: ping(redis), 5)
+    eventually(lambda: counts(stack.get), BACK_WITHIN_SECONDS)
+
+
+@pytest.fixture
+def network():
+    """A network without Redis."""
+    name = f"{RUN}-network"
+    docker("network", "create", name)
+    yield name
+    docker("network", "rm", name)
+
+
+@contextlib.contextmanager
+def something_else(image, network):
+    """A server at redis:6379 that speaks HTTP."""
+    with container(image, "--network", network, "--network-alias", "redis", "--env", "PORT=6379", wait=False) as made:
+        docker("start", made.name)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "cause"),
+    [
+        pytest.param([], None, "redis:6379", id="no-such-name"),
+        pytest.param(["--dns", "192.0.2.1"], None, "redis:6379", id="no-answer-to-the-look-up"),
+        pytest.param([], something_else, "Protocol error", id="something-else-answers"),
+    ],
+)
+def test_what_is_no_redis_at_first_is_named_and_counts_once_it_is(image, network, options, before, cause):
+    with contextlib.ExitStack() as cleanup:
+        if before:
+            other = cleanup.enter_context(contextlib.ExitStack())
+            other.enter_context(before(image, network))
+        web = cleanup.enter_context(
+            container(image, "--network", network, "--env", "REDIS_HOST=redis", *options, wait=False)
+        )
+        docker("start", web.name)
+        eventually(lambda: cause in web.get().json["redis_error"], 10)
+        with Visitors(web.get, count=16) as visitors:
+            for _ in range(30):
+                began = time.monotonic()
+                assert web.get("/health").status == 200
+                assert time.monotonic() - began < HEALTH_WITHIN_SECONDS
+                time.sleep(0.05)
+            if before:
+                other.close()
+            redis = cleanup.enter_context(
+                container("redis:7-alpine", "--network", network, "--network-alias", "redis", wait=False)
+            )
+            docker("start", redis.name)
+            eventually(lambda: ping(redis), 5)
+            eventually(lambda: counts(web.get), BACK_WITHIN_SECONDS)
+        visitors.numbers()
+
+
+# The service's own processes
+
+
+def test_a_killed_worker_is_replaced_while_the_other_answers(stack):
+    web = stack.container("web")
+    workers = "print(open('/proc/1/task/1/children').read())"
+    before = web.python(workers).split()
+    assert len(before) == 2
+    uptime = stack.get("/health").json["uptime_seconds"]
+    with Visitors(stack.get, count=4) as visitors:
+        time.sleep(0.5)
+        web.python(f"import os; os.kill({before[0]}, 9)")
+        after = eventually(lambda: (now := web.python(workers).split()) != before and len(now) == 2 and now, 5)
+        time.sleep(1)
+        uptimes = [stack.get("/health").json["uptime_seconds"] for _ in range(20)]
+    assert before[1] in after
+    assert min(uptimes) >= uptime
+    assert max(uptimes) - min(uptimes) <= 1, "the same whichever worker answers"
+    assert len(visitors.failures) <= 4, "at most the one request of each client that the dead worker held"
+    assert web.inspect()["RestartCount"] == 0
+
+
+# Connects and asks as fast as it can, until nobody listens; prints how many were answered and how many were not.
+ASK_UNTIL_REFUSED = """
+import collections, socket, sys, threading
+outcomes = collections.Counter()
+def ask():
+    while True:
+        try:
+            connection = socket.create_connection((sys.argv[1], 8080), timeout=15)
+        except OSError:
+            return
+        with connection:
+            try:
+                connection.sendall(b"GET / HTTP/1.1\\r\\nHost: web\\r\\nConnection: close\\r\\n\\r\\n")
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+                outcomes["answered" if answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"}\\n") else "cut"] += 1
+            except OSError as error:
+                outcomes[type(error).__name__] += 1
+threads = [threading.Thread(target=ask) for _ in range(8)]
+for thread in threads: thread.start()
+print("asking", flush=True)
+for thread in threads: thread.join()
+print(dict(outcomes), flush=True)
+"""
+
+
+def test_sigterm_under_load_leaves_no_accepted_request_without_an_answer(image, network):
+    with (
+        container("redis:7-alpine", "--network", network, "--network-alias", "redis", wait=False) as redis,
+        container(image, "--network", network, "--env", "REDIS_HOST=redis") as web,
+    ):
+        docker("start", redis.name)
+        address = web.inspect()["NetworkSettings"]["Networks"][network]["IPAddress"]
+        command = ["python", "-c", ASK_UNTIL_REFUSED, address]
+        with container(image, "--network", network, wait=False, command=command) as client:
+            docker("start", client.name)
+            eventually(lambda: "asking" in client.log(), 10)
+            time.sleep(2)
+            began = time.monotonic()
+            docker("stop", web.name)
+            assert time.monotonic() - began < 9
+            assert web.inspect()["State"]["ExitCode"] == 0
+            outcomes = eval(eventually(lambda: client.log().partition("asking\n")[2], 20))
+    assert outcomes.pop("answered") > 100
+    assert outcomes == {}
+
+
+@pytest.mark.slow
+def test_several_containers_hand_out_ten_thousand_different_numbers(image, network):
+    with contextlib.ExitStack() as cleanup:
+        redis = cleanup.enter_context(
+            container("redis:7-alpine", "--network", network, "--network-alias", "redis", wait=False)
+        )
+        docker("start", redis.name)
+        options = ["--network", network, "--env", "REDIS_HOST=redis"]
+        webs = [cleanup.enter_context(container(image, *options)) for _ in range(3)]
+        ports = [web.port() for web in webs]
+        eventually(lambda: all(counts(web.get) for web in webs), 5)
+        first = webs[0].get().json["hit_count"]
+
+        def visit(number):
+            return get(ports[number % 3]).json["hit_count"]
+
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            numbers = list(pool.map(visit, range(10_000)))
+    assert sorted(numbers) == list(range(first + 1, first + 10_001))
