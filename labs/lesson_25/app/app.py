@@ -264,10 +264,9 @@ def main():
         workers,
         "counts in Redis at {host}:{port}/{db}".format(**redis_at) if redis_at else "counts nothing (no REDIS_HOST)",
     )
-    # Until a new worker has a handler of its own it would have this process's, and ignore a SIGTERM.
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    # Workers are forked from here. A collection in one would unshare the memory of all: 80 MB instead of 61.
-    gc.freeze()
+    if hasattr(os, "register_at_fork"):  # with this process's handler a worker that still starts would ignore SIGTERM
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    gc.freeze()  # a collection in one worker would unshare the memory of all: 80 MB instead of 61
     server.serve()
 
 

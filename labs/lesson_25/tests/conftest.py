@@ -8,10 +8,9 @@ import subprocess
 import threading
 
 import app as lab25
+import engine
 import fakeredis
 import pytest
-
-import engine
 
 BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import yaml
-
 from engine import LESSON
 
 REPOSITORY = LESSON.parents[1]

@@ -7,7 +7,6 @@ import shutil
 import time
 
 import pytest
-
 from clients import eventually, get
 from conftest import BUILD_DATE, BUILD_VERSION
 from engine import CONTEXT, build, container, docker, inspect

@@ -6,7 +6,6 @@ import pathlib
 import shutil
 
 import pytest
-
 from clients import eventually
 from engine import LESSON, RUN, Stack, build, container, docker, remove_images
 
