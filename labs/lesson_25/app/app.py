@@ -257,12 +257,12 @@ def main():
         log_access_format="%(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     )
     app.logger.info(
-        "lab25-web %s listens on http://%s:%s with %s workers, %s",
+        "lab25-web %s on http://%s:%s, workers: %s, Redis: %s",
         setting("BUILD_VERSION", "dev"),
         host,
         port,
         workers,
-        "counts in Redis at {host}:{port}/{db}".format(**redis_at) if redis_at else "counts nothing (no REDIS_HOST)",
+        "{host}:{port}/{db}".format(**redis_at) if redis_at else "none, nothing is counted",
     )
     if hasattr(os, "register_at_fork"):  # with this process's handler a worker that still starts would ignore SIGTERM
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))

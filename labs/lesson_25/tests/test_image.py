@@ -217,7 +217,7 @@ def test_finishes_a_request_in_flight(image):
         address = redis.inspect()["NetworkSettings"]["Networks"]["bridge"]["IPAddress"]
         with container(image, "--env", f"REDIS_HOST={address}", wait=False) as made:
             docker("start", made.name)
-            eventually(lambda: made.health == "healthy" or made.log().count("listens"), 10)
+            eventually(lambda: made.health == "healthy" or "workers:" in made.log(), 10)
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 answer = pool.submit(eventually, made.get, 10)
                 eventually(lambda: "asked" in redis.log(), 10)

@@ -123,7 +123,7 @@ def test_listens_on_a_name_or_an_address(start, host):
 def test_the_log_says_what_was_started_and_nothing_per_request(start):
     process, port = start(REDIS_HOST="redis.invalid", WEB_CONCURRENCY="1", BUILD_VERSION="0a1b2c3")
     (line,) = process.log.read_text().splitlines()
-    for part in ("0a1b2c3", str(port), "1 worker", "redis.invalid:6379"):
+    for part in ("0a1b2c3", str(port), "workers: 1", "redis.invalid:6379/0"):
         assert part in line
     get(port, "/health")
     lines = process.log.read_text().splitlines()

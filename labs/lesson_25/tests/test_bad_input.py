@@ -1,0 +1,169 @@
+"""The running container against what no client should send: it answers, leaks nothing, and goes on."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import random
+import socket
+import time
+
+import pytest
+from clients import FAILURES, eventually
+
+pytestmark = pytest.mark.engine
+
+MEMORY_LIMIT_BYTES = 256 * 2**20
+
+
+def send(port, request, timeout=5):
+    """Return (status, headers, body) of the answer to these bytes; status 0 where the connection is just closed."""
+    with contextlib.closing(socket.create_connection(("127.0.0.1", port), timeout=timeout)) as connection:
+        with contextlib.suppress(ConnectionError):  # closed before it was all sent
+            connection.sendall(request)
+        answer = http.client.HTTPResponse(connection, method=request.split(b" ")[0].decode("latin-1"))
+        try:
+            answer.begin()
+            return answer.status, answer.headers, answer.read()
+        except TimeoutError:
+            raise
+        except FAILURES:
+            return 0, {}, b""
+
+
+@pytest.fixture
+def web(stack):
+    """The running container; afterwards it is the same, healthy, within its memory, and has logged no traceback."""
+    made = stack.container("web")
+    before = made.inspect()
+    lines = len(made.log().splitlines())
+    yield made
+    after = made.inspect()
+    assert after["State"]["Pid"] == before["State"]["Pid"]
+    assert (after["RestartCount"], after["State"]["OOMKilled"]) == (0, False)
+    assert stack.get("/health").status == 200
+    peak = made.run(
+        "sh", "-c", "cat /sys/fs/cgroup/memory.peak 2>/dev/null || cat /sys/fs/cgroup/memory/memory.max_usage_in_bytes"
+    )
+    assert int(peak.stdout) < MEMORY_LIMIT_BYTES
+    assert made.log().splitlines()[lines:] == []
+
+
+def check(answer):
+    """Fail where an answer is a server's error, tells of the inside, or has a header that the client planted."""
+    status, headers, body = answer
+    assert status < 500
+    assert b"Traceback" not in body
+    assert b"/app/" not in body
+    assert "x-planted" not in {name.lower() for name in headers}
+    return status
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "statuses"),
+    [
+        pytest.param(b"nonsense\r\n\r\n", {400}, id="no-request-line"),
+        pytest.param(b"GET\r\n\r\n", {400}, id="no-target"),
+        pytest.param(b"GET / HTTP/9.9\r\n\r\n", {400}, id="unknown-version"),
+        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", {400}, id="tls"),
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {0, 400}, id="http2"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n", {400}, id="malformed-header"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nName : b\r\n\r\n", {400}, id="space-in-header-name"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 200_000 + b"\r\n\r\n", {0, 431}, id="huge-header"),
+        pytest.param(
+            b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * 5_000 + b"\r\n", {0, 431}, id="thousands-of-headers"
+        ),
+        pytest.param(b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", {0, 414, 431}, id="huge-target"),
+        pytest.param(b"GET /%ff%fe HTTP/1.1\r\nHost: a\r\n\r\n", {404}, id="invalid-utf-8-in-path"),
+        pytest.param(b"GET /\xff\xfe HTTP/1.1\r\nHost: a\r\n\r\n", {400, 404}, id="raw-bytes-in-path"),
+        pytest.param(b"GET /%0d%0aX-Planted:%201 HTTP/1.1\r\nHost: a\r\n\r\n", {404}, id="crlf-in-path"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a%0d%0aX-Planted: 1\r\n\r\n", {200, 400}, id="crlf-in-host"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n", {200, 400}, id="invalid-utf-8-in-host"),
+        pytest.param(b"GET / HTTP/1.1\r\n\r\n", {200, 400}, id="no-host"),
+        pytest.param(b"GET / HTTP/1.0\r\n\r\n", {200}, id="http-1.0"),
+        pytest.param(b"GET http://else.where/health HTTP/1.1\r\nHost: a\r\n\r\n", {200}, id="absolute-target"),
+        pytest.param(b"GET //health HTTP/1.1\r\nHost: a\r\n\r\n", {404}, id="double-slash"),
+        pytest.param(b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", {400, 404, 405}, id="connect"),
+        pytest.param(b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", {200, 400, 404}, id="options-of-all"),
+        pytest.param(b"BREW / HTTP/1.1\r\nHost: a\r\n\r\n", {405}, id="unknown-method"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello", {200}, id="body-on-get"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n", {400}, id="negative-length"),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            {400, 405},
+            id="two-lengths",
+        ),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", {400, 405}, id="bad-chunk"
+        ),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000000\r\n\r\n" + b"a" * 100_000, {405}, id="huge-body"
+        ),
+    ],
+)
+def test_a_bad_request_gets_a_short_answer(stack, web, request_bytes, statuses):
+    assert check(send(stack.port, request_bytes)) in statuses
+
+
+def test_two_hundred_slow_clients_keep_nobody_waiting(stack, web):
+    """Each holds a connection open with half a request, and sends a byte of a header now and then."""
+    with contextlib.ExitStack() as cleanup:
+        slow = [
+            cleanup.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", stack.port), timeout=5)))
+            for _ in range(200)
+        ]
+        for connection in slow:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ")
+        for _ in range(10):
+            for connection in slow:
+                connection.sendall(b"a")
+            began = time.monotonic()
+            assert stack.get("/health").status == stack.get("/").status == 200
+            assert time.monotonic() - began < 1
+            time.sleep(0.2)
+        eventually(lambda: all(closed(connection) for connection in slow), 15, every=0.5)
+
+
+def closed(connection):
+    """Return whether the server has ended the connection, with or without a last word."""
+    connection.setblocking(False)
+    try:
+        while connection.recv(4096):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+    return True
+
+
+def random_request(chance):
+    """Return the bytes of a request that is whole, but for what it says in its parts."""
+
+    def noise(most):
+        return bytes(chance.choices(range(256), k=chance.randrange(most))).replace(b"\n", b"").replace(b"\r", b"")
+
+    method = chance.choice([b"GET", b"GET", b"HEAD", b"POST", b"PUT", b"OPTIONS", b"DELETE", b"TRACE", noise(8)])
+    path = chance.choice(
+        [b"/", b"/health", b"//health", b"/%00", b"/..%2f..%2fetc/passwd", b"/?" + noise(40), b"/" + noise(40)]
+    )
+    version = chance.choice([b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0", noise(10)])
+    headers = [b"Host: " + chance.choice([b"web", b"a:99999", b"[::1", noise(20)]), b"Connection: close"]
+    for _ in range(chance.randrange(4)):
+        name = chance.choice(
+            [b"X-Forwarded-For", b"Cookie", b"Content-Type", b"Expect", b"Range", b"X-Planted", noise(10)]
+        )
+        headers.append(name + b": " + noise(60))
+    return b"\r\n".join([b" ".join([method, path, version]), *headers, b"", b""])
+
+
+def test_ten_thousand_random_requests_do_no_harm(stack, web):
+    chance = random.Random(25)
+    requests = [random_request(chance) for _ in range(10_000)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda request: check(send(stack.port, request)), requests)
+        statuses = []
+        for number, status in enumerate(answers):
+            statuses.append(status)
+            if number % 500 == 0:
+                assert stack.get("/health").status == 200
+    assert {200, 400, 404, 405} <= set(statuses)
