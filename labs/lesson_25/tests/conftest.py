@@ -8,9 +8,13 @@ import subprocess
 import threading
 
 import app as lab25
-import engine
 import fakeredis
 import pytest
+
+import engine
+from registry import private_registry
+
+pytest_plugins = ["checklist"]
 
 BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
@@ -111,6 +115,13 @@ def image():
         "dev", "--build-arg", f"BUILD_VERSION={BUILD_VERSION}", "--build-arg", f"BUILD_DATE={BUILD_DATE}"
     )
     engine.remove_images()
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory):
+    """A registry that wants a login."""
+    with private_registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

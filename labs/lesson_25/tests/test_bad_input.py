@@ -8,6 +8,7 @@ import socket
 import time
 
 import pytest
+
 from clients import FAILURES, eventually
 
 pytestmark = pytest.mark.engine

@@ -6,6 +6,7 @@ import itertools
 import time
 
 import pytest
+
 from clients import Visitors, eventually, get
 from engine import RUN, container, docker, kill
 

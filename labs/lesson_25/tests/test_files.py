@@ -4,6 +4,7 @@ import re
 
 import pytest
 import yaml
+
 from engine import LESSON
 
 REPOSITORY = LESSON.parents[1]

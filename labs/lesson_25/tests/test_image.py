@@ -7,6 +7,7 @@ import shutil
 import time
 
 import pytest
+
 from clients import eventually, get
 from conftest import BUILD_DATE, BUILD_VERSION
 from engine import CONTEXT, build, container, docker, inspect
@@ -132,6 +133,17 @@ def test_the_builder_builds_alone():
 def test_stays_below_its_limit_over_the_base(image):
     over_the_base = layer_sizes(image)[: -len(layer_sizes("python:3.12-slim"))]
     assert sum(over_the_base) < 36_000_000
+
+
+def test_the_history_shows_what_came_from_the_builder(image):
+    """One line for the packages, none for what made them; the app above it, version and date on top."""
+    lines = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout.splitlines()
+    made_here = lines[: -len(layer_sizes("python:3.12-slim"))]
+    (packages,) = [place for place, line in enumerate(made_here) if "COPY /install /usr/local" in line]
+    (app,) = [place for place, line in enumerate(made_here) if "app.py ./" in line]
+    (version,) = [place for place, line in enumerate(made_here) if line.startswith("ENV BUILD_VERSION")]
+    assert version < app < packages
+    assert not [line for line in made_here if "pip install" in line]
 
 
 # What a change costs

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+
 from clients import FAILURES, eventually
 from engine import LESSON, RUN, Stack, kill, local_stack
 

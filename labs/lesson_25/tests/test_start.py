@@ -12,6 +12,7 @@ import time
 
 import fakeredis
 import pytest
+
 from clients import eventually, get
 from engine import free_port
 

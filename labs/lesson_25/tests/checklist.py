@@ -1,0 +1,39 @@
+"""The lesson's checkboxes, each with the test that proves it, shown at the end of a run."""
+
+import pathlib
+import re
+
+REPOSITORY = pathlib.Path(__file__).parents[3]
+LESSON_TEXT = REPOSITORY / "lesson_25.md"
+TEST_NAME = re.compile(r"`([\w/]+\.py::\w+)`")
+
+
+def boxes():
+    """Return (claim, names of the tests that prove it) of each checkbox under Core and Acceptance criteria."""
+    text = LESSON_TEXT.read_text(encoding="utf-8")
+    proved = text[text.index("\n## Core\n") : text.index("\n## Summary\n")]
+    lines = re.findall(r"^- \[.\] (.*)$", proved, re.M)
+    return [(re.sub(r"[(:][^(:]*$", "", TEST_NAME.sub("", line)).strip(), TEST_NAME.findall(line)) for line in lines]
+
+
+def outcomes(reporter):
+    """Return what became of each test of the run, by its name without parameters; the worst where there are several."""
+    ranks = {"passed": 0, "needs an engine": 1, "failed": 2}
+    found = {}
+    for kind, name in (("passed", "passed"), ("skipped", "needs an engine"), ("failed", "failed"), ("error", "failed")):
+        for report in reporter.stats.get(kind, []):
+            test = report.nodeid.partition("[")[0]
+            found[test] = max(found.get(test, "passed"), name, key=ranks.get)
+    return found
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the checklist: ticked, crossed, not run, or in need of an engine."""
+    found = outcomes(terminalreporter)
+    marks = {"passed": "[x]", "failed": "[!]", "needs an engine": "[ ]", None: "[ ]"}
+    terminalreporter.section("lesson 25: Core and Acceptance criteria")
+    for claim, tests in boxes():
+        results = {found.get(test) for test in tests}
+        result = next((name for name in ("failed", "needs an engine", None) if name in results), "passed")
+        note = {"failed": " (failed)", "needs an engine": " (needs an engine)", None: " (not run)"}.get(result, "")
+        terminalreporter.write_line(f"{marks[result]} {claim}{note}")

@@ -1,0 +1,73 @@
+"""A registry of the tests' own, which wants a login for everything, as a private package does."""
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+
+from clients import eventually
+from engine import container, docker
+
+USER = PASSWORD = "lesson"
+# `htpasswd -Bbn lesson lesson`: the registry knows no other kind of account
+ACCOUNTS = "lesson:$2y$05$uK5JhwjKe628.8cBIQK3rusVpLo28wDMvun.dZeWRBPIfpKZA1zJC\n"
+
+
+class Registry:
+    """A running registry; `logged_in` is the environment of a docker command that may use it."""
+
+    user, password = USER, PASSWORD
+
+    def __init__(self, port, folder):
+        self.address = f"127.0.0.1:{port}"
+        self.folder = folder
+        self.logged_in = self.logged_out()
+
+    def logged_out(self):
+        """Return the environment of a docker command with this user's settings and no login; each is a new one."""
+        own = pathlib.Path(os.environ.get("DOCKER_CONFIG") or pathlib.Path.home() / ".docker")
+        config = self.folder / secrets.token_hex(4)
+        config.mkdir()
+        settings = {}
+        if own.is_dir():
+            for entry in own.iterdir():
+                if entry.name != "config.json":
+                    (config / entry.name).symlink_to(entry)
+            if (own / "config.json").exists():
+                settings = json.loads((own / "config.json").read_text())
+        for login in ("auths", "credsStore", "credHelpers"):
+            settings.pop(login, None)
+        (config / "config.json").write_text(json.dumps(settings))
+        return {**os.environ, "DOCKER_CONFIG": str(config)}
+
+    def name(self, owner, tag):
+        return f"{self.address}/{owner}/lab25-web:{tag}"
+
+    def push(self, image, owner, *tags):
+        """Push `image` under each tag and leave no image of these names on the machine. Return the digest."""
+        for tag in tags:
+            name = self.name(owner, tag)
+            docker("tag", image, name)
+            docker("push", name, env=self.logged_in)
+            manifest = docker(
+                "buildx", "imagetools", "inspect", "--format", "{{json .Manifest}}", name, env=self.logged_in
+            )
+            docker("image", "rm", name)
+        return json.loads(manifest.stdout)["digest"]
+
+
+@contextlib.contextmanager
+def private_registry(folder):
+    """Yield a Registry on a free port of loopback; its files are in `folder`."""
+    accounts = folder / "htpasswd"
+    accounts.write_text(ACCOUNTS)
+    options = ["--publish", "127.0.0.1::5000", "--env", "REGISTRY_AUTH=htpasswd"]
+    options += ["--env", "REGISTRY_AUTH_HTPASSWD_REALM=lesson", "--env", "REGISTRY_AUTH_HTPASSWD_PATH=/htpasswd"]
+    with container("registry:2", *options, wait=False) as made:
+        docker("cp", accounts, f"{made.name}:/htpasswd")
+        docker("start", made.name)
+        running = Registry(made.port(5000), folder)
+        login = ["login", running.address, "--username", USER, "--password", PASSWORD]
+        eventually(lambda: docker(*login, env=running.logged_in, check=False).returncode == 0, 15)
+        yield running
