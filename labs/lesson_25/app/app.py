@@ -62,11 +62,11 @@ def get_redis_client():
     Raises ValueError for a bad REDIS_ setting, which only an import without `main` can meet.
     """
     global _redis_client
-    if _redis_client is None and redis is not None:
+    if _redis_client is None and redis is not None and setting("REDIS_HOST", None):
         with _lock:
-            if _redis_client is None and (address := redis_address()):
+            if _redis_client is None:
                 _redis_client = redis.Redis(
-                    **address,
+                    **redis_address(),
                     socket_connect_timeout=WAIT_SECONDS,
                     socket_timeout=WAIT_SECONDS,
                     retry=Retry(NoBackoff(), 0),  # an INCR without an answer may have counted: never send it twice
@@ -102,6 +102,7 @@ class Outage:
             return None
 
     def failed(self, reason, answered, asked_at):
+        """Note a failure, and whether Redis itself answered it, of a command sent at `asked_at`."""
         with _lock:
             self.asking = False
             if asked_at < self.ended_at:
@@ -112,6 +113,7 @@ class Outage:
             self.ask_again_at = time.monotonic() + PAUSE_SECONDS
 
     def succeeded(self, command):
+        """Note that Redis answered, which ends the outage."""
         with _lock:
             self.asking = False
             if self.reason is None or (self.answered and command == "ping"):

@@ -104,6 +104,7 @@ def test_counts_nothing_where_redis_is_not_configured(client, monkeypatch):
     assert hit(client) == (None, None)
     assert client.get("/health").json["redis_ok"] is False
     monkeypatch.setenv("REDIS_HOST", "")
+    monkeypatch.setenv("REDIS_PORT", "nonsense")
     assert hit(client) == (None, None)
 
 
