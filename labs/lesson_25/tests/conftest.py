@@ -7,10 +7,10 @@ import socketserver
 import subprocess
 import threading
 
-import app as lab25
 import fakeredis
 import pytest
 
+import app as lab25
 import engine
 from registry import private_registry
 
