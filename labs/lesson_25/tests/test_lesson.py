@@ -101,7 +101,7 @@ def own_copy(tmp_path, registry):
         docker("rm", "--force", container)
     docker("volume", "rm", "--force", f"{RUN}-text_redis_data")
     docker("network", "rm", f"{RUN}-text_backend", check=False)
-    remove_images()
+    remove_images(f"{RUN}-text")
     remove_images(registry.address)
 
 
