@@ -60,7 +60,7 @@ def test_redis_going_ten_times_costs_no_answer_and_no_number(stack):
     numbers = visitors.numbers()
     assert all(own == sorted(own) for own in numbers)
     everyone = list(itertools.chain(*numbers))
-    assert len(everyone) == len(set(everyone)) > 1000
+    assert len(everyone) == len(set(everyone)) > 100
     assert int(redis.run("redis-cli", "get", "lab25_hits").stdout) >= max(everyone)
 
 
