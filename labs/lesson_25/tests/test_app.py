@@ -263,6 +263,29 @@ def test_answers_at_once_while_one_request_waits_for_a_frozen_redis(app, client,
     assert frozen.asked == 2
 
 
+def test_a_late_failure_of_an_outage_that_is_over_makes_no_new_one(app, client, monkeypatch, caplog):
+    outcomes = iter([(0.3, False), (0, False), (0, True), (0, True)])  # seconds to an answer, and whether it is one
+
+    class Uneven(fakeredis.FakeRedis):
+        def incr(self, *args):
+            seconds, answers = next(outcomes)
+            time.sleep(seconds)
+            if not answers:
+                raise redis.ConnectionError("Connection refused")
+            return super().incr(*args)
+
+    monkeypatch.setattr(app, "_redis_client", Uneven())
+    monkeypatch.setattr(app, "PAUSE_SECONDS", 0.05)
+    late = threading.Thread(target=hit, args=[app.app.test_client()])
+    late.start()
+    time.sleep(0.05)
+    assert hit(client)[0] is None
+    assert counts_within(client) == 1
+    late.join()
+    assert hit(client) == (2, None)
+    assert len(caplog.records) == 2
+
+
 def test_a_key_of_the_wrong_type_is_named_and_counting_goes_on_once_it_is_gone(app, client, redis_server, caplog):
     other = fakeredis.FakeRedis(server=redis_server)
     other.lpush("lab25_hits", "not a number")
