@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from engine import LESSON, RUN, Stack, build, remove_images
+from engine import LESSON, RUN, Stack, build, docker, remove_images
 
 pytestmark = pytest.mark.engine
 
@@ -53,6 +53,7 @@ def test_takes_a_newer_image_of_the_same_tag_and_goes_back_by_digest(registry, d
     stack.up()
     assert stack.hits() == 1
     registry.push(build("newer", "--build-arg", "BUILD_VERSION=newer"), OWNER, "moving")
+    docker("tag", image, registry.name(OWNER, "moving"))  # which the machine still has
     stack.up()
     assert stack.get("/health").json["version"] == "newer"
     assert stack.hits() == 2
