@@ -42,8 +42,8 @@ def redis_address():
     host = setting("REDIS_HOST", None)
     port = number("REDIS_PORT", 6379, 1, 65535)
     db = number("REDIS_DB", 0, 0, 2**31 - 1)  # Redis counts its databases in a C int
-    if host and not re.fullmatch(r"[\w.:%-]+", host):
-        raise ValueError(f"REDIS_HOST is {host!r}: it must be a host name or an IP address, with no scheme or path")
+    if host and not re.fullmatch(r"[\w.-]+|[\w.%]*:[\w.%:]*:[\w.%]*", host):  # only an IPv6 address has colons
+        raise ValueError(f"REDIS_HOST is {host!r}: it must be a host name or an IP address and nothing else")
     return {"host": host, "port": port, "db": db} if host else None
 
 
@@ -187,6 +187,7 @@ def index():
     )
     if request.method == "HEAD":  # the length of a GET's answer depends on its number
         response.automatically_set_content_length = False
+        del response.headers["Content-Length"]
     return response
 
 
@@ -222,6 +223,16 @@ LOGGING = {
 }
 
 
+def listen_to_sigterm_alone():
+    """Leave a terminal's signals to the parent of this worker, and end at its SIGTERM, also before the server listens.
+
+    Without it a Ctrl-C reached the workers twice, and a worker that still started ignored the SIGTERM: either could
+    take the five seconds after which a worker is killed.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main():
     """Check the environment and serve until SIGTERM. Exits with one line for a value that cannot be used."""
     try:
@@ -234,9 +245,7 @@ def main():
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
             address = free.getsockname()[0]
     except (OSError, UnicodeError) as error:
-        sys.exit(
-            f"HOST is {host!r} and PORT is {port}: they must be an address and a free port of this machine ({error})"
-        )
+        sys.exit(f"HOST is {host!r} and PORT is {port}: {error}; set an address and a free port of this machine")
 
     from granian import Granian
     from granian.http import HTTP1Settings
@@ -266,8 +275,9 @@ def main():
         workers,
         "{host}:{port}/{db}".format(**redis_at) if redis_at else "none, nothing is counted",
     )
-    if hasattr(os, "register_at_fork"):  # with this process's handler a worker that still starts would ignore SIGTERM
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(os, "register_at_fork"):  # not on Windows, where nothing is forked
+        os.register_at_fork(after_in_child=listen_to_sigterm_alone)
+        server.on_startup(lambda: signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM)))
     gc.freeze()  # a collection in one worker would unshare the memory of all: 80 MB instead of 61
     server.serve()
 

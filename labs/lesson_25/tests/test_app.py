@@ -356,6 +356,7 @@ def test_a_wrong_method_is_405_and_says_what_is_allowed(client, redis_server, pa
 def test_head_and_options_have_no_body(client, redis_server, path):
     head = client.head(path)
     assert (head.status_code, head.data, head.content_type) == (200, b"", "application/json")
+    assert ("Content-Length" in head.headers) == (path == "/health"), "a length that depends on the number is not told"
     options = client.options(path)
     assert (options.status_code, options.data) == (200, b"")
     assert set(options.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}

@@ -34,6 +34,7 @@ def start(unused_port, tmp_path):
                 cwd=tmp_path,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         process.log = log
         started.append(process)
@@ -93,7 +94,7 @@ def test_two_hundred_requests_from_many_threads_get_different_numbers(start, red
         ("REDIS_DB", ["-1", "one", "9" * 5000], "from 0"),
         ("WEB_CONCURRENCY", ["0", "65", "auto"], "from 1 to 64"),
         ("ACCESS_LOG", ["2", "yes"], "from 0 to 1"),
-        ("REDIS_HOST", ["redis://redis:6379", "two words"], "host name"),
+        ("REDIS_HOST", ["redis:6379", "redis://redis:6379", "127.0.0.1:6379", "two words"], "host name"),
         ("HOST", ["999.1.1.1", "192.0.2.1", "a..b"], "address"),
     ],
 )
@@ -149,13 +150,17 @@ def test_uptime_is_of_the_service_and_goes_on_when_a_worker_is_replaced(start):
     assert eventually(lambda: get(port, "/health"), 5).json["uptime_seconds"] >= before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_at_once_with_status_0(start, number):
-    process, port = start()
+    """Sent to the whole process group, as a terminal does at Ctrl-C or when it is closed."""
+    process, port = start(WEB_CONCURRENCY="4")
+    eventually(lambda: get(port, "/health"), 5)
+    time.sleep(0.3)  # until every worker listens
     began = time.monotonic()
-    process.send_signal(number)
-    assert process.wait(5) == 0
-    assert time.monotonic() - began < 1
+    os.killpg(process.pid, number)
+    assert process.wait(10) == 0
+    assert time.monotonic() - began < 1, process.log.read_text()
+    assert len(process.log.read_text().splitlines()) == 1
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
