@@ -54,10 +54,10 @@ def build(tag, *options, context=CONTEXT):
 
 def remove_images(naming=RUN):
     """Remove every image whose name contains `naming`, by default those that this run has made."""
-    for line in docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}").stdout.splitlines():
-        name, image_id = line.split()
-        if naming in name:
-            docker("image", "rm", "--force", image_id if name.endswith(":<none>") else name)
+    lines = docker("image", "ls", "--digests", "--format", "{{.Repository}} {{.Tag}} {{.Digest}}").stdout.splitlines()
+    for repository, tag, digest in map(str.split, lines):
+        if naming in repository:
+            docker("image", "rm", f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}")
 
 
 class Container:

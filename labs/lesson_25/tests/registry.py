@@ -36,8 +36,9 @@ class Registry:
                     (config / entry.name).symlink_to(entry)
             if (own / "config.json").exists():
                 settings = json.loads((own / "config.json").read_text())
-        for login in ("auths", "credsStore", "credHelpers"):
+        for login in ("credsStore", "credHelpers"):
             settings.pop(login, None)
+        settings["auths"] = {"lab25.invalid": {}}  # with none at all, docker would find the system's credential store
         (config / "config.json").write_text(json.dumps(settings))
         return {**os.environ, "DOCKER_CONFIG": str(config)}
 
