@@ -53,6 +53,7 @@ WAIT_SECONDS = 1  # for a connection, then for an answer
 PAUSE_SECONDS = 0.7  # wait and pause together stay below the two seconds in which counting resumes
 
 _redis_client = None
+_made = None, None  # the client that was made here, and the class it was made of
 _lock = threading.Lock()
 
 
@@ -61,11 +62,13 @@ def get_redis_client():
 
     Raises ValueError for a bad REDIS_ setting, which only an import without `main` can meet.
     """
-    global _redis_client
-    if _redis_client is None and redis is not None and setting("REDIS_HOST", None):
-        with _lock:
-            if _redis_client is None:
-                _redis_client = redis.Redis(
+    global _redis_client, _made
+    with _lock:
+        factory = redis and redis.Redis
+        if _redis_client is None or (_redis_client is _made[0] and factory is not _made[1]):
+            _redis_client = None
+            if factory and setting("REDIS_HOST", None):
+                _redis_client = factory(
                     **redis_address(),
                     socket_connect_timeout=WAIT_SECONDS,
                     socket_timeout=WAIT_SECONDS,
@@ -73,7 +76,8 @@ def get_redis_client():
                     protocol=2,  # with driver_info=None: no handshake, whose every step could wait once more
                     driver_info=None,
                 )
-    return _redis_client
+                _made = _redis_client, factory
+        return _redis_client
 
 
 class Outage:
@@ -223,14 +227,14 @@ LOGGING = {
 }
 
 
-def listen_to_sigterm_alone():
-    """Leave a terminal's signals to the parent of this worker, and end at its SIGTERM, also before the server listens.
+def in_worker():
+    """Return the app to a worker, and leave a terminal's signals to its parent, whose SIGTERM ends it.
 
-    Without it a Ctrl-C reached the workers twice, and a worker that still started ignored the SIGTERM: either could
-    take the five seconds after which a worker is killed.
+    A worker that a Ctrl-C has reached too does not hear the SIGTERM, and is killed only after five seconds.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    return app
 
 
 def main():
@@ -251,6 +255,7 @@ def main():
     from granian.http import HTTP1Settings
 
     os.environ["LAB25_STARTED_AT"] = str(STARTED_AT)
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # the C library looks up a name for ten seconds
     server = Granian(
         "app:app",
         address=address,
@@ -275,11 +280,10 @@ def main():
         workers,
         "{host}:{port}/{db}".format(**redis_at) if redis_at else "none, nothing is counted",
     )
-    if hasattr(os, "register_at_fork"):  # not on Windows, where nothing is forked
-        os.register_at_fork(after_in_child=listen_to_sigterm_alone)
+    if hasattr(signal, "SIGHUP"):  # not on Windows; granian would take it for a reload
         server.on_startup(lambda: signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM)))
     gc.freeze()  # a collection in one worker would unshare the memory of all: 80 MB instead of 61
-    server.serve()
+    server.serve(target_loader=in_worker, wrap_loader=False)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,17 @@ def test_fakeredis_can_stand_in_for_the_class(app, client, monkeypatch):
     assert hit(client)[0] is not None
 
 
+def test_follows_a_replaced_class_at_once_though_a_client_of_another_is_there(app, client, monkeypatch, unused_port):
+    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+    monkeypatch.setenv("REDIS_PORT", str(unused_port))
+    assert hit(client)[0] is None
+    fake = fakeredis.FakeRedis()
+    monkeypatch.setattr(app.redis, "Redis", lambda **_: fake)
+    assert hit(client) == (1, None)
+    monkeypatch.setattr(app, "redis", None)
+    assert hit(client) == (None, None)
+
+
 def test_serves_without_the_redis_package(app, client, monkeypatch):
     monkeypatch.setattr(app, "redis", None)
     monkeypatch.setenv("REDIS_HOST", "redis.example")
