@@ -1,4 +1,4 @@
-"""HTTP as the tests' clients speak it: one connection for each request."""
+"""HTTP as the tests' clients speak it."""
 
 import collections
 import contextlib
@@ -11,13 +11,17 @@ Answer = collections.namedtuple("Answer", "status headers json")
 FAILURES = (OSError, http.client.HTTPException)
 
 
-def get(port, path="/", host="127.0.0.1", timeout=5):
-    """Return the Answer to one GET. Raises one of FAILURES where none comes within `timeout` seconds."""
-    connection = http.client.HTTPConnection(host, port, timeout=timeout)
-    with contextlib.closing(connection):
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return Answer(response.status, response.headers, json.loads(response.read()))
+def get(port, path="/", timeout=5):
+    """Return the Answer to one GET on a connection of its own. Raises one of FAILURES without one in time (seconds)."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
+        return ask(connection, path)
+
+
+def ask(connection, path="/"):
+    """Return the Answer to one GET; leave the connection open."""
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return Answer(response.status, response.headers, json.loads(response.read()))
 
 
 def eventually(condition, seconds, every=0.05):
@@ -35,25 +39,28 @@ def eventually(condition, seconds, every=0.05):
 
 
 class Visitors:
-    """Clients that call `ask` all the time, in a `with` block; what each was answered is in its list of `answers`.
+    """Clients that ask for / all the time, in a `with` block; what each was answered is in its list of `answers`.
 
-    `failures` holds what came instead of an answer.
+    `failures` holds what came instead of an answer. Each client keeps its connection: a new one for every request
+    would use up the ports of the engine's proxy, which has 28,000 a minute, and then resets connections.
     """
 
-    def __init__(self, ask, count=8, pause=0.0):
-        self.ask = ask
-        self.pause = pause
+    def __init__(self, port, count=8, pause=0.0):
+        self.port = port
+        self.pause = pause  # seconds
         self.answers = [[] for _ in range(count)]
         self.failures = []
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._visit, args=[answers]) for answers in self.answers]
 
     def _visit(self, answers):
-        while not self._stop.wait(self.pause):
-            try:
-                answers.append(self.ask())
-            except FAILURES as error:
-                self.failures.append(error)
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
+            while not self._stop.wait(self.pause):
+                try:
+                    answers.append(ask(connection))
+                except FAILURES as error:
+                    self.failures.append(error)
+                    connection.close()  # the next request opens it anew
 
     def __enter__(self):
         for thread in self._threads:

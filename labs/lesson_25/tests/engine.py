@@ -54,7 +54,8 @@ def build(tag, *options, context=CONTEXT):
 
 def remove_images(naming=RUN):
     """Remove every image whose name contains `naming`, by default those that this run has made."""
-    lines = docker("image", "ls", "--digests", "--format", "{{.Repository}} {{.Tag}} {{.Digest}}").stdout.splitlines()
+    columns = "{{.Repository}} {{.Tag}} {{.Digest}}"
+    lines = docker("image", "ls", "--all", "--digests", "--format", columns).stdout.splitlines()
     for repository, tag, digest in map(str.split, lines):
         if naming in repository:
             docker("image", "rm", f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}")

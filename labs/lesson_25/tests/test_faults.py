@@ -52,7 +52,7 @@ def test_redis_going_ten_times_costs_no_answer_and_no_number(stack):
     def restart():
         docker("restart", redis.name)
 
-    with Visitors(stack.get) as visitors:
+    with Visitors(stack.port) as visitors:
         for fault in itertools.islice(itertools.cycle([stop_and_start, crash, restart]), 10):
             fault()
             eventually(lambda: ping(redis), 10)
@@ -66,11 +66,11 @@ def test_redis_going_ten_times_costs_no_answer_and_no_number(stack):
 
 def test_a_frozen_redis_holds_up_neither_health_nor_memory(stack):
     web, redis = stack.container("web"), stack.container("redis")
-    with Visitors(stack.get, count=64):
+    with Visitors(stack.port, count=64):
         time.sleep(3)
     before = memory_bytes(web)
     slowest = 0
-    with Visitors(stack.get, count=64) as visitors:
+    with Visitors(stack.port, count=64) as visitors:
         time.sleep(1)
         docker("pause", redis.name)
         try:
@@ -93,7 +93,7 @@ def test_a_frozen_redis_holds_up_neither_health_nor_memory(stack):
 def test_the_log_has_one_line_when_redis_goes_and_one_when_it_is_back(stack):
     web, redis = stack.container("web"), stack.container("redis")
     lines = len(web.log().splitlines())
-    with Visitors(stack.get, pause=0.01):
+    with Visitors(stack.port, count=16, pause=0.01):  # enough to meet both workers
         time.sleep(0.5)
         docker("pause", redis.name)
         time.sleep(3)
@@ -185,7 +185,7 @@ def test_what_is_no_redis_at_first_is_named_and_counts_once_it_is(image, network
         )
         docker("start", web.name)
         eventually(lambda: cause in web.get().json["redis_error"], 10)
-        with Visitors(web.get, count=16) as visitors:
+        with Visitors(web.port(), count=16) as visitors:
             for _ in range(30):
                 began = time.monotonic()
                 assert web.get("/health").status == 200
@@ -211,7 +211,7 @@ def test_a_killed_worker_is_replaced_while_the_other_answers(stack):
     before = web.python(workers).split()
     assert len(before) == 2
     uptime = stack.get("/health").json["uptime_seconds"]
-    with Visitors(stack.get, count=4) as visitors:
+    with Visitors(stack.port, count=4) as visitors:
         time.sleep(0.5)
         web.python(f"import os; os.kill({before[0]}, 9)")
         after = eventually(lambda: (now := web.python(workers).split()) != before and len(now) == 2 and now, 5)
@@ -220,7 +220,7 @@ def test_a_killed_worker_is_replaced_while_the_other_answers(stack):
     assert before[1] in after
     assert min(uptimes) >= uptime
     assert max(uptimes) - min(uptimes) <= 1, "the same whichever worker answers"
-    assert len(visitors.failures) <= 4, "at most the one request of each client that the dead worker held"
+    assert len(visitors.failures) <= 8, "of each client what the dead worker held, and what still reached its socket"
     assert web.inspect()["RestartCount"] == 0
 
 

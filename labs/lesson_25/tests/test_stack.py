@@ -144,18 +144,18 @@ def test_watch_brings_a_saved_change_into_the_running_container(tmp_path):
     try:
         stack.up("--build")
         command = ["docker", "compose", "--project-name", stack.project, *files, "watch", "--no-up"]
-        with subprocess.Popen(
-            command, env=stack.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as watch:
+        log = tmp_path / "watch.log"
+        with (
+            log.open("w") as output,
+            subprocess.Popen(command, env=stack.environment, stdout=output, stderr=subprocess.STDOUT) as watch,
+        ):
             try:
-                for line in watch.stdout:
-                    if "Watch enabled" in line:
-                        break
+                eventually(lambda: "Watch enabled" in log.read_text(), 20)
                 source = tmp_path / "app" / "app.py"
                 source.write_text(source.read_text().replace("Hello from lab25", "Hello, changed"))
                 eventually(lambda: stack.get().json["message"] == "Hello, changed", 20)
             finally:
                 watch.send_signal(signal.SIGINT)
-                watch.communicate(timeout=20)
+                watch.wait(20)
     finally:
         stack.down("--volumes")
