@@ -1,5 +1,6 @@
 """Lesson 25: a hit counter on Redis, and a /health that answers with or without it."""
 
+import functools
 import gc
 import os
 import re
@@ -42,7 +43,7 @@ def redis_address():
     host = setting("REDIS_HOST", None)
     port = number("REDIS_PORT", 6379, 1, 65535)
     db = number("REDIS_DB", 0, 0, 2**31 - 1)  # Redis counts its databases in a C int
-    if host and not re.fullmatch(r"[\w.-]+|[\w.%]*:[\w.%:]*:[\w.%]*", host):  # only an IPv6 address has colons
+    if host and not re.fullmatch(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?|(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", host):
         raise ValueError(f"REDIS_HOST is {host!r}: it must be a host name or an IP address and nothing else")
     return {"host": host, "port": port, "db": db} if host else None
 
@@ -85,15 +86,14 @@ class Outage:
 
     A frozen Redis costs whoever asks it a wait. So after a failure one caller at a time asks again, after
     a pause, and all others get the reason at once. An error that Redis itself answers costs no wait and
-    makes no pause.
+    makes no pause. What was asked before the outage began, or ended, tells nothing of the time after.
     """
 
     def __init__(self, client):
         self.client = client
         self.reason = None
-        self.answered = False
-        self.asking = False
-        self.ask_again_at = self.ended_at = 0.0  # seconds of time.monotonic()
+        self.answered = self.hit_failed = self.asking = False
+        self.ask_again_at = self.changed_at = 0.0  # seconds of time.monotonic()
 
     def refuses(self, now):
         """Return the reason not to ask Redis, or None: then the caller asks, and reports `failed` or `succeeded`."""
@@ -105,25 +105,28 @@ class Outage:
             self.asking = True
             return None
 
-    def failed(self, reason, answered, asked_at):
-        """Note a failure, and whether Redis itself answered it, of a command sent at `asked_at`."""
+    def failed(self, command, asked_at, reason, answered):
+        """Note that a command failed, and whether Redis itself answered so."""
         with _lock:
-            self.asking = False
-            if asked_at < self.ended_at:
-                return  # the late failure of an outage that is over
+            if asked_at < self.changed_at:
+                return
+            now = time.monotonic()
             if self.reason is None:
                 app.logger.warning("Redis failed, hits are not counted: %s", reason)
-            self.reason, self.answered = reason, answered
-            self.ask_again_at = time.monotonic() + PAUSE_SECONDS
+                self.changed_at, self.hit_failed = now, False
+            self.hit_failed = self.hit_failed or command == "incr"
+            self.reason, self.answered, self.asking = reason, answered, False
+            self.ask_again_at = now + PAUSE_SECONDS
 
-    def succeeded(self, command):
-        """Note that Redis answered, which ends the outage."""
+    def succeeded(self, command, asked_at):
+        """Note that Redis answered a command, which ends the outage, unless hits fail and it was a ping."""
         with _lock:
+            if asked_at < self.changed_at:
+                return
             self.asking = False
-            if self.reason is None or (self.answered and command == "ping"):
-                return  # a Redis that refuses to count answers a ping all the same
-            app.logger.warning("Redis is back, hits are counted again")
-            self.reason, self.ended_at = None, time.monotonic()
+            if self.reason is not None and not (self.hit_failed and command == "ping"):
+                app.logger.warning("Redis is back, hits are counted again")
+                self.reason, self.changed_at = None, time.monotonic()
 
 
 _outage = Outage(None)
@@ -132,7 +135,7 @@ _outage = Outage(None)
 def ask_redis(command, *args, valid):
     """Return (answer, None), or (None, the reason why there is none), or (None, None) with the counter off.
 
-    Takes about WAIT_SECONDS at most, and the time of a name look-up, which the resolver's settings bound.
+    Takes about WAIT_SECONDS at most for each address of the host, and as long as the resolver looks up its name.
     """
     global _outage
     try:
@@ -141,9 +144,10 @@ def ask_redis(command, *args, valid):
         return None, str(error)
     if client is None:
         return None, None
-    outage = _outage
-    if outage.client is not client:
-        outage = _outage = Outage(client)
+    with _lock:
+        if _outage.client is not client:
+            _outage = Outage(client)
+        outage = _outage
     asked_at = time.monotonic()
     if reason := outage.refuses(asked_at):
         return None, reason
@@ -153,10 +157,10 @@ def ask_redis(command, *args, valid):
             raise TypeError(f"{command.upper()} was answered with {answer!r}: is that a Redis?")
     except Exception as error:  # what is no Redis makes the client raise more than RedisError
         reason = str(error) or type(error).__name__
-        outage.failed(reason, isinstance(error, ResponseError), asked_at)
+        outage.failed(command, asked_at, reason, isinstance(error, ResponseError))
         return None, reason
     if outage.reason is not None:
-        outage.succeeded(command)
+        outage.succeeded(command, asked_at)
     return answer, None
 
 
@@ -164,8 +168,7 @@ def ask_redis(command, *args, valid):
 
 app = Flask(__name__, static_folder=None)
 
-# `main` hands it down, so that a worker started later tells the age of the service instead of its own.
-STARTED_AT = float(setting("LAB25_STARTED_AT", time.monotonic()))
+_started_at = time.monotonic()
 
 
 @app.before_request
@@ -201,7 +204,7 @@ def health():
     pong, _ = ask_redis("ping", valid=bool)
     return jsonify(
         status="ok",
-        uptime_seconds=int(time.monotonic() - STARTED_AT),
+        uptime_seconds=int(time.monotonic() - _started_at),
         hostname=socket.gethostname(),
         env=setting("LAB_ENV", "dev"),
         redis_ok=bool(pong),
@@ -227,11 +230,13 @@ LOGGING = {
 }
 
 
-def in_worker():
-    """Return the app to a worker, and leave a terminal's signals to its parent, whose SIGTERM ends it.
+def in_worker(started_at):
+    """Return the app to a worker, which tells the age of the service and is ended by its parent alone.
 
-    A worker that a Ctrl-C has reached too does not hear the SIGTERM, and is killed only after five seconds.
+    A worker that a terminal's Ctrl-C has reached too does not hear the SIGTERM, and is killed only after five seconds.
     """
+    global _started_at
+    _started_at = started_at
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     return app
@@ -254,7 +259,6 @@ def main():
     from granian import Granian
     from granian.http import HTTP1Settings
 
-    os.environ["LAB25_STARTED_AT"] = str(STARTED_AT)
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # the C library looks up a name for ten seconds
     server = Granian(
         "app:app",
@@ -266,7 +270,7 @@ def main():
         workers=workers,
         blocking_threads=6,  # the fastest of 1 to 16 on two cores
         respawn_failed_workers=True,
-        workers_kill_timeout=5,  # seconds; before Docker loses its patience after ten
+        workers_kill_timeout=5,  # seconds, for a client that never finishes its request; Docker kills after ten
         log_level="error",
         log_dictconfig=LOGGING,
         log_access=access_log == 1,
@@ -280,10 +284,16 @@ def main():
         workers,
         "{host}:{port}/{db}".format(**redis_at) if redis_at else "none, nothing is counted",
     )
-    if hasattr(signal, "SIGHUP"):  # not on Windows; granian would take it for a reload
-        server.on_startup(lambda: signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM)))
+    if hasattr(os, "fork"):  # not on Windows
+        # With this process's handler a worker that still starts would ignore its SIGTERM.
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        # A closed terminal ends the service, unless nohup started it; the server would take either for a reload.
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        server.on_startup(
+            lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.getsignal(signal.SIGTERM))
+        )
     gc.freeze()  # a collection in one worker would unshare the memory of all: 80 MB instead of 61
-    server.serve(target_loader=in_worker, wrap_loader=False)
+    server.serve(target_loader=functools.partial(in_worker, _started_at), wrap_loader=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The app's answers, with a Redis that is there, away, or wrong."""
 
 import logging
+import socket
 import threading
 import time
 
@@ -187,6 +188,17 @@ def test_a_bad_setting_without_the_check_at_the_start_is_no_crash(client, monkey
     assert number is None and "REDIS_PORT is 'http'" in error
 
 
+def test_a_new_connection_begins_with_the_hit(app, client, monkeypatch):
+    """No handshake: each of its steps could wait for a frozen Redis once more."""
+    monkeypatch.setattr(app, "WAIT_SECONDS", 0.1)
+    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("REDIS_PORT", str(silent.getsockname()[1]))
+        assert hit(client)[0] is None
+        with silent.accept()[0] as connection:
+            assert connection.recv(4096).splitlines()[2].startswith(b"INCR")
+
+
 # A Redis that is away, or wrong
 
 
@@ -295,6 +307,38 @@ def test_a_late_failure_of_an_outage_that_is_over_makes_no_new_one(app, client, 
     late.join()
     assert hit(client) == (2, None)
     assert len(caplog.records) == 2
+
+
+def test_a_late_success_from_before_an_outage_does_not_end_it(app, client, redis_server, monkeypatch, caplog):
+    class Late(fakeredis.FakeRedis):
+        def incr(self, *args):
+            answer = super().incr(*args)
+            if answer == 1:
+                time.sleep(0.3)
+            return answer
+
+    monkeypatch.setattr(app, "_redis_client", Late(server=redis_server))
+    late = threading.Thread(target=hit, args=[app.app.test_client()])
+    late.start()
+    time.sleep(0.1)
+    redis_server.connected = False
+    assert hit(client)[0] is None
+    late.join()
+    assert hit(client)[0] is None
+    assert len(caplog.records) == 1
+
+
+def test_a_ping_does_not_end_an_outage_of_hits(app, client, monkeypatch, caplog):
+    class Stuck(fakeredis.FakeRedis):
+        def incr(self, *args):
+            raise redis.TimeoutError("Timeout reading from socket")
+
+    monkeypatch.setattr(app, "_redis_client", Stuck())
+    monkeypatch.setattr(app, "PAUSE_SECONDS", 0)
+    for _ in range(3):
+        assert hit(client)[0] is None
+        assert client.get("/health").json["redis_ok"] is True
+    assert len(caplog.records) == 1
 
 
 def test_a_key_of_the_wrong_type_is_named_and_counting_goes_on_once_it_is_gone(app, client, redis_server, caplog):

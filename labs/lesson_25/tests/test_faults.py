@@ -39,7 +39,8 @@ def memory_bytes(made):
 @pytest.mark.slow
 def test_redis_going_ten_times_costs_no_answer_and_no_number(stack):
     """Stopped and started, killed, restarted: never a 5xx, no number twice, none answered and then lost."""
-    redis = stack.container("redis")
+    web, redis = stack.container("web"), stack.container("redis")
+    lines = len(web.log().splitlines())
 
     def stop_and_start():
         docker("stop", redis.name)
@@ -62,6 +63,10 @@ def test_redis_going_ten_times_costs_no_answer_and_no_number(stack):
     everyone = list(itertools.chain(*numbers))
     assert len(everyone) == len(set(everyone)) > 100
     assert int(redis.run("redis-cli", "get", "lab25_hits").stdout) >= max(everyone)
+    new = web.log().splitlines()[lines:]
+    gone = [line for line in new if "Redis failed" in line]
+    assert 10 <= len(gone) <= 20, "at most one for each fault and worker"
+    assert len(new) <= 2 * len(gone)
 
 
 def test_a_frozen_redis_holds_up_neither_health_nor_memory(stack):

@@ -94,7 +94,11 @@ def test_two_hundred_requests_from_many_threads_get_different_numbers(start, red
         ("REDIS_DB", ["-1", "one", "9" * 5000], "from 0"),
         ("WEB_CONCURRENCY", ["0", "65", "auto"], "from 1 to 64"),
         ("ACCESS_LOG", ["2", "yes"], "from 0 to 1"),
-        ("REDIS_HOST", ["redis:6379", "redis://redis:6379", "127.0.0.1:6379", "two words"], "host name"),
+        (
+            "REDIS_HOST",
+            ["redis:6379", "a..b", "x" * 64, "fe80:", "redis://redis:6379", "127.0.0.1:6379", "two words"],
+            "host name",
+        ),
         ("HOST", ["999.1.1.1", "192.0.2.1", "a..b"], "address"),
     ],
 )
@@ -146,8 +150,7 @@ def test_uptime_is_of_the_service_and_goes_on_when_a_worker_is_replaced(start):
     before = get(port, "/health").json["uptime_seconds"]
     assert before >= 1
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    worker = children[-1]  # from Python 3.14 on the first is multiprocessing's resource tracker
-    os.kill(int(worker), signal.SIGKILL)
+    os.kill(int(children[-1]), signal.SIGKILL)  # from Python 3.14 on the first is multiprocessing's resource tracker
     assert eventually(lambda: get(port, "/health"), 5).json["uptime_seconds"] >= before
 
 
@@ -164,6 +167,17 @@ def test_a_signal_ends_it_at_once_with_status_0(start, number):
     assert len(process.log.read_text().splitlines()) == 1
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
+
+
+def test_goes_on_after_the_terminal_is_closed_when_nohup_started_it(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a new process inherits, as from nohup
+    try:
+        process, port = start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    os.killpg(process.pid, signal.SIGHUP)
+    time.sleep(0.5)
+    assert get(port).status == 200 and process.poll() is None
 
 
 def test_workers_that_are_still_starting_do_not_hold_up_the_end(start):
