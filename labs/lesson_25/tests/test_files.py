@@ -153,8 +153,9 @@ def test_every_test_runs_before_anything_is_published(workflow):
 def test_tags_move_only_after_the_published_image_has_run(publish_steps):
     pushed = place_of(publish_steps, ["build-push-action"])
     deployed = place_of(publish_steps, ["docker-compose.registry.yml", "compose up", "env.GITHUB_SHA", "BUILD_DATE"])
+    loaded = place_of(publish_steps, ["docker run", "--platform", "import app"])
     moved = place_of(publish_steps, ["imagetools create"])
-    assert pushed < deployed < moved
+    assert pushed < deployed < loaded < moved
     assert publish_steps[pushed]["with"]["tags"] == "${{ steps.commit.outputs.tags }}"
     assert "steps.build.outputs.digest" in publish_steps[deployed]["env"]["IMAGE_TAG"]
     assert "steps.build.outputs.digest" in publish_steps[moved]["env"]["PUBLISHED"]
