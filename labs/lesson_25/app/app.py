@@ -225,7 +225,9 @@ def error_as_json(error):
 # --- Start
 
 LOGGING = {
-    "formatters": {name: {"format": "%(asctime)s %(levelname)s %(message)s"} for name in ("generic", "access")},
+    "formatters": {
+        name: {"format": "%(asctime)s %(process)d %(levelname)s %(message)s"} for name in ("generic", "access")
+    },
     "root": {"handlers": ["console"], "level": "INFO"},
 }
 
@@ -251,9 +253,10 @@ def main():
     except ValueError as error:
         sys.exit(str(error))
     try:  # the server shares a port that is taken, and takes no host names
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+        family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if ":" in host else {}
+        with socket.create_server((host, port), **family) as free:
             address = free.getsockname()[0]
-    except (OSError, UnicodeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         sys.exit(f"HOST is {host!r} and PORT is {port}: {error}; set an address and a free port of this machine")
 
     from granian import Granian
@@ -270,7 +273,9 @@ def main():
         workers=workers,
         blocking_threads=6,  # the fastest of 1 to 16 on two cores
         respawn_failed_workers=True,
-        workers_kill_timeout=5,  # seconds, for a client that never finishes its request; Docker kills after ten
+        # Seconds, for a client that never finishes its request, or a worker that missed the SIGTERM while it started;
+        # Docker kills after ten.
+        workers_kill_timeout=5,
         log_level="error",
         log_dictconfig=LOGGING,
         log_access=access_log == 1,
@@ -279,14 +284,12 @@ def main():
     app.logger.info(
         "lab25-web %s on http://%s:%s, workers: %s, Redis: %s",
         setting("BUILD_VERSION", "dev"),
-        host,
+        f"[{host}]" if ":" in host else host,
         port,
         workers,
         "{host}:{port}/{db}".format(**redis_at) if redis_at else "none, nothing is counted",
     )
-    if hasattr(os, "fork"):  # not on Windows
-        # With this process's handler a worker that still starts would ignore its SIGTERM.
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "SIGHUP"):  # not on Windows
         # A closed terminal ends the service, unless nohup started it; the server would take either for a reload.
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         server.on_startup(

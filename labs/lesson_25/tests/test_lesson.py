@@ -39,7 +39,7 @@ def test_every_box_names_a_test_that_exists():
 def test_a_run_ends_with_the_boxes():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "labs/lesson_25/tests/test_files.py"]
     shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
-    assert "[x] A pull request publishes nothing " in shown
+    assert "[x] A pull request publishes nothing, " in shown
     assert "[ ] It runs as `appuser`, not as root (not run)\n" in shown
 
 
