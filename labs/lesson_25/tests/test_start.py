@@ -159,7 +159,7 @@ def test_a_signal_ends_it_at_once_with_status_0(start, number):
     """Sent to the whole process group, as a terminal does at Ctrl-C or when it is closed."""
     process, port = start(WEB_CONCURRENCY="4")
     eventually(lambda: get(port, "/health"), 5)
-    time.sleep(0.3)  # until every worker listens
+    time.sleep(1)  # until every worker listens
     began = time.monotonic()
     os.killpg(process.pid, number)
     assert process.wait(10) == 0
