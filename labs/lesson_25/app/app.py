@@ -64,9 +64,12 @@ def get_redis_client():
     Raises ValueError for a bad REDIS_ setting, which only an import without `main` can meet.
     """
     global _redis_client, _made
+    factory = redis and redis.Redis
+    client, maker = _made
+    if _redis_client is not None and (_redis_client is not client or factory is maker):
+        return _redis_client
     with _lock:
-        factory = redis and redis.Redis
-        if _redis_client is None or (_redis_client is _made[0] and factory is not _made[1]):
+        if _made == (client, maker):  # else another thread has just made one
             _redis_client = None
             if factory and setting("REDIS_HOST", None):
                 _redis_client = factory(
@@ -97,6 +100,8 @@ class Outage:
 
     def refuses(self, now):
         """Return the reason not to ask Redis, or None: then the caller asks, and reports `failed` or `succeeded`."""
+        if self.reason is None:
+            return None
         with _lock:
             if self.reason is None or self.answered:
                 return None
@@ -144,10 +149,11 @@ def ask_redis(command, *args, valid):
         return None, str(error)
     if client is None:
         return None, None
-    with _lock:
-        if _outage.client is not client:
-            _outage = Outage(client)
-        outage = _outage
+    if _outage.client is not client:
+        with _lock:
+            if _outage.client is not client:
+                _outage = Outage(client)
+    outage = _outage
     asked_at = time.monotonic()
     if reason := outage.refuses(asked_at):
         return None, reason
