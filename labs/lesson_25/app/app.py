@@ -277,7 +277,7 @@ def main():
         http="1",
         http1_settings=HTTP1Settings(header_read_timeout=10_000, max_buffer_size=65_536),
         workers=workers,
-        blocking_threads=6,  # the fastest of 1 to 16 on two cores
+        blocking_threads=8,  # as many may wait a second when Redis freezes; with 6 it is 4 % slower, with 10 5 % faster
         respawn_failed_workers=True,
         # Seconds, for a client that never finishes its request, or a worker that missed the SIGTERM while it started;
         # Docker kills after ten.
@@ -301,7 +301,7 @@ def main():
         server.on_startup(
             lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.getsignal(signal.SIGTERM))
         )
-    gc.freeze()  # a collection in one worker would unshare the memory of all: 80 MB instead of 61
+    gc.freeze()  # a collection in one worker would unshare the memory of all: 78 MiB instead of 59
     server.serve(target_loader=functools.partial(in_worker, _started_at), wrap_loader=False)
 
 
