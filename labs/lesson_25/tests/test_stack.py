@@ -1,6 +1,6 @@
 """The local stack: what surrounds the two containers, and the counter through everything that happens to them."""
 
-import concurrent.futures
+import itertools
 import shutil
 import signal
 import subprocess
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from clients import FAILURES, eventually
+from clients import Visitors, eventually
 from engine import LESSON, RUN, Stack, docker, kill, local_stack
 
 pytestmark = pytest.mark.engine
@@ -106,30 +106,13 @@ def test_the_count_survives_down_and_goes_with_the_volume(image, tmp_path):
 
 def test_a_killed_redis_comes_back_with_every_answered_hit(stack):
     """Under load: no number twice, none answered and then lost."""
-    answered, unexpected = [], []
-    stop_at = time.monotonic() + 6
-
-    def visit():
-        while time.monotonic() < stop_at:
-            try:
-                answer = stack.get()
-            except FAILURES as error:
-                unexpected.append(error)
-                continue
-            if answer.status != 200:
-                unexpected.append(answer)
-            elif answer.json["hit_count"] is not None:
-                answered.append(answer.json["hit_count"])
-
     redis = stack.container("redis").name
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        visitors = [pool.submit(visit) for _ in range(8)]
+    with Visitors(stack.port) as visitors:
         for _ in range(2):
             time.sleep(1)
             kill(redis)
-        for visitor in visitors:
-            visitor.result()
-    assert unexpected == []
+        time.sleep(3)
+    answered = list(itertools.chain(*visitors.numbers()))
     assert len(answered) == len(set(answered)) > 100
     after = stack.hits()
     assert after > max(answered)
