@@ -1,31 +1,36 @@
 """Lesson 25: a hit counter on Redis, and a /health that answers with or without it."""
 
-import functools
-import gc
+if __name__ == "__main__":  # first of all: the imports take 0.3 s, in which process 1 of a container hears no signal
+    from serve import main
+
+    main()
+
+import contextlib
 import os
 import re
-import signal
 import socket
-import sys
 import threading
 import time
 
-from flask import Flask, abort, jsonify, request
+from flask import Flask, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 try:
     import redis
     from redis.backoff import NoBackoff
-    from redis.exceptions import ResponseError
+    from redis.connection import parse_url
+    from redis.exceptions import ReadOnlyError, ResponseError
     from redis.retry import Retry
 except ImportError:  # without the package the app serves, and the counter is off
-    redis = None
-    ResponseError = ()
+    redis, ResponseError = None, ()
 
-# --- Configuration
+# --- Where Redis is
+
+NAME = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
+URL = rf"rediss?://([^@/?#]*@)?({NAME}|\[[\w:.%]+\])(:[1-9]\d*)?(/\d*)?(\?[^#]*)?|unix://([^@/?#]*@)?/[^?#]+(\?[^#]*)?"
 
 
-def setting(name, default):
+def setting(name, default=None):
     """Return the environment variable `name`, or `default` where it is unset or empty."""
     return os.environ.get(name) or default
 
@@ -38,272 +43,168 @@ def number(name, default, low, high):
     return int(value)
 
 
+def redis_password():
+    """Return the password in REDIS_PASSWORD or in the file REDIS_PASSWORD_FILE, or None. Raises ValueError."""
+    password, path = setting("REDIS_PASSWORD"), setting("REDIS_PASSWORD_FILE")
+    if path:
+        try:
+            with open(path, encoding="utf-8") as file:
+                password, problem = file.read().rstrip("\r\n"), "it is empty"
+        except (OSError, UnicodeError) as error:
+            password, problem = None, getattr(error, "strerror", "it is no text")
+        if not password:
+            raise ValueError(f"REDIS_PASSWORD_FILE is {path!r}: it must be a file with the password ({problem})")
+    return password
+
+
 def redis_address():
-    """Return host, port and db as redis.Redis takes them, or None without REDIS_HOST. Raises ValueError."""
-    host = setting("REDIS_HOST", None)
-    port = number("REDIS_PORT", 6379, 1, 65535)
-    db = number("REDIS_DB", 0, 0, 2**31 - 1)  # Redis counts its databases in a C int
-    if host and not re.fullmatch(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?|(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", host):
-        raise ValueError(f"REDIS_HOST is {host!r}: it must be a host name or an IP address and nothing else")
-    return {"host": host, "port": port, "db": db} if host else None
+    """Return the arguments for redis.Redis, or None where no Redis is configured. Raises ValueError."""
+    for one, other in ("REDIS_HOST", "REDIS_URL"), ("REDIS_PASSWORD", "REDIS_PASSWORD_FILE"):
+        if setting(one) and setting(other):
+            raise ValueError(f"{one} and {other} are both set: unset one of them")
+    host, url, password = setting("REDIS_HOST"), setting("REDIS_URL"), redis_password()
+    # A password may stand before an @ or after a ?, also in a URL that is wrong or in the wrong variable.
+    shown = re.sub(r"(?s)\?.*", "?***", re.sub(r"(?s)^(\w+://)?.*@", r"\1***@", url or host or ""))
+    if url:
+        try:
+            address = {"host": "localhost", "port": 6379, "db": 0, **parse_url(re.fullmatch(URL, url)[0])}
+        except (TypeError, ValueError):
+            shape = "redis://USER:PASSWORD@HOST:6379/0 (a / in it is %2F), rediss://… or unix:///PATH"
+            raise ValueError(f"REDIS_URL is {shown!r}: it must look like {shape}") from None
+        if password and "password" in address:
+            raise ValueError(f"REDIS_URL is {shown!r}, with a password, and there is another one: unset one of them")
+        path, _ = address.pop("path", None), address.pop("connection_class", None)
+        return {"password": password, "ssl": url.startswith("rediss:"), "unix_socket_path": path, **address}
+    port, db = number("REDIS_PORT", 6379, 1, 65535), number("REDIS_DB", 0, 0, 2**31 - 1)  # a C int in Redis
+    if host and not re.fullmatch(rf"{NAME}|(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", host):
+        raise ValueError(f"REDIS_HOST is {shown!r}: it must be a host name or an IP address; a URL goes in REDIS_URL")
+    return {"host": host, "port": port, "db": db, "password": password} if host else None
 
 
 # --- Redis
 
 WAIT_SECONDS = 1  # for a connection, then for an answer
-PAUSE_SECONDS = 0.7  # wait and pause together stay below the two seconds in which counting resumes
+PAUSE_SECONDS = 0.5  # between two pings in an outage; with a wait below the two seconds in which counting resumes
+QUIET_SECONDS = 3  # between two lines that say "back": a Redis that fails in turns must not fill the log
 
 _redis_client = None
-_made = None, None  # the client that was made here, and the class it was made of
-_lock = threading.Lock()
+_made = None, None, None  # the client that was made here, the redis.Redis that made it, and its password
+_watch = None
 
 
 def get_redis_client():
-    """Return this process's Redis client, not yet connected; None where the counter is off.
-
-    Raises ValueError for a bad REDIS_ setting, which only an import without `main` can meet.
-    """
+    """Return this process's Redis client, not yet connected; None where the counter is off. Raises ValueError."""
     global _redis_client, _made
     factory = redis and redis.Redis
-    client, maker = _made
-    if _redis_client is not None and (_redis_client is not client or factory is maker):
-        return _redis_client
-    with _lock:
-        if _made == (client, maker):  # else another thread has just made one
-            _redis_client = None
-            if factory and setting("REDIS_HOST", None):
-                _redis_client = factory(
-                    **redis_address(),
-                    socket_connect_timeout=WAIT_SECONDS,
-                    socket_timeout=WAIT_SECONDS,
-                    retry=Retry(NoBackoff(), 0),  # an INCR without an answer may have counted: never send it twice
-                    protocol=2,  # with driver_info=None: no handshake, whose every step could wait once more
-                    driver_info=None,
-                )
-                _made = _redis_client, factory
-        return _redis_client
+    if _redis_client is None or (_redis_client is _made[0] and factory is not _made[1]):
+        address = redis_address() if factory and (setting("REDIS_HOST") or setting("REDIS_URL")) else None
+        client = address and factory(
+            **address,
+            socket_connect_timeout=WAIT_SECONDS,
+            socket_timeout=WAIT_SECONDS,
+            retry=Retry(NoBackoff(), 0),  # an INCR without an answer may have counted: never send it twice
+            retry_on_error=[ReadOnlyError],  # with no retry: closes that connection, since Redis may have moved
+            protocol=2,  # with driver_info=None: no handshake, whose every step could wait once more
+            driver_info=None,
+        )
+        _redis_client, _made = client, (client, factory, address and address["password"])
+    return _redis_client
 
 
-class Outage:
-    """What is known of a client's Redis: nothing while `reason` is None, else that it fails, and why.
+class Watch:
+    """What is known of Redis, for as long as no test replaces the `seams` get_redis_client and _redis_client.
 
-    A frozen Redis costs whoever asks it a wait. So after a failure one caller at a time asks again, after
-    a pause, and all others get the reason at once. An error that Redis itself answers costs no wait and
-    makes no pause. What was asked before the outage began, or ended, tells nothing of the time after.
+    A Redis that gives no answer costs whoever asks a wait. So the first to meet that begins an outage: from then on
+    a thread asks, and all others are told the reason at once. An error that Redis itself answers costs no wait.
     """
 
-    def __init__(self, client):
-        self.client = client
-        self.reason = None
-        self.answered = self.hit_failed = self.asking = False
-        self.ask_again_at = self.changed_at = 0.0  # seconds of time.monotonic()
+    def __init__(self, seams):
+        self.seams = seams
+        self.outage = None  # the reason, for as long as it lasts
+        self.asked_at = self.quiet_until = 0.0  # in seconds of time.monotonic()
+        self.told = {}  # the kinds of failure in the log since hits were last counted, and which command met each
+        threading.Thread(target=self.end_outages, daemon=True).start()
 
-    def refuses(self, now):
-        """Return the reason not to ask Redis, or None: then the caller asks, and reports `failed` or `succeeded`."""
-        if self.reason is None:
-            return None
-        with _lock:
-            if self.reason is None or self.answered:
-                return None
-            if self.asking or now < self.ask_again_at:
-                return self.reason
-            self.asking = True
-            return None
+    def ask(self, client, command, *arguments):
+        """Return (answer, None), or (None, the reason why there is none)."""
+        asked_at, reason, kind, answered = time.monotonic(), None, None, True
+        try:
+            answer = getattr(client, command)(*arguments)
+            if not (answer if command == "ping" else type(answer) is int):
+                raise TypeError(f"{command.upper()} was answered with {answer!r}: is that a Redis?")
+        except Exception as error:  # what is no Redis makes the client raise more than RedisError
+            answer, answered, text = None, isinstance(error, ResponseError), str(error)
+            reason = f"{type(error).__name__}: {text}" if answered or not text else text  # only the name says MOVED
+            reason = reason.replace(_made[2] or "***", "***")  # some servers repeat an AUTH that they do not know
+            kind = type(error), text.split(" ")[0] if answered else None
+        if (reason or self.told) and asked_at >= self.asked_at:  # else a later question has told more
+            self.asked_at, self.outage = asked_at, None if answered else reason
+            self.tell(command, reason, kind)
+        return answer, reason
 
-    def failed(self, command, asked_at, reason, answered):
-        """Note that a command failed, and whether Redis itself answered so."""
-        with _lock:
-            if asked_at < self.changed_at:
-                return
-            now = time.monotonic()
-            if self.reason is None:
+    def tell(self, command, reason, kind):
+        """Tell the log what is new."""
+        if reason:
+            new = kind not in self.told
+            self.told[kind] = command
+            if new:
                 app.logger.warning("Redis failed, hits are not counted: %s", reason)
-                self.changed_at, self.hit_failed = now, False
-            self.hit_failed = self.hit_failed or command == "incr"
-            self.reason, self.answered, self.asking = reason, answered, False
-            self.ask_again_at = now + PAUSE_SECONDS
+        elif self.asked_at > self.quiet_until and (command == "incr" or "incr" not in self.told.values()):
+            self.told, self.quiet_until = {}, self.asked_at + QUIET_SECONDS
+            app.logger.warning("Redis is back, hits are counted again")
 
-    def succeeded(self, command, asked_at):
-        """Note that Redis answered a command, which ends the outage, unless hits fail and it was a ping."""
-        with _lock:
-            if asked_at < self.changed_at:
-                return
-            self.asking = False
-            if self.reason is not None and not (self.hit_failed and command == "ping"):
-                app.logger.warning("Redis is back, hits are counted again")
-                self.reason, self.changed_at = None, time.monotonic()
-
-
-_outage = Outage(None)
+    def end_outages(self):
+        """Ping in an outage until Redis answers; stop when a test replaces a seam."""
+        while self.seams == (get_redis_client, _redis_client):
+            if self.outage:
+                with contextlib.suppress(BaseException):  # whatever a client raises, this goes on
+                    client = get_redis_client()
+                    self.ask(client, "ping")
+                    client.connection_pool.disconnect(inuse_connections=False)  # to where Redis may no longer be
+            time.sleep(PAUSE_SECONDS)
 
 
-def ask_redis(command, *args, valid):
-    """Return (answer, None), or (None, the reason why there is none), or (None, None) with the counter off.
-
-    Takes about WAIT_SECONDS at most for each address of the host, and as long as the resolver looks up its name.
-    """
-    global _outage
+def ask_redis(command, *arguments):
+    """Return (answer, None), or (None, the reason why there is none), or (None, None) with the counter off."""
+    global _watch
     try:
-        client = get_redis_client()
-    except ValueError as error:
+        client, seams = get_redis_client(), (get_redis_client, _redis_client)
+        if client is not None and (not _watch or _watch.seams != seams):
+            _watch = Watch(seams)
+    except Exception as error:  # a bad setting, or no thread to be had
         return None, str(error)
     if client is None:
-        return None, None
-    if _outage.client is not client:
-        with _lock:
-            if _outage.client is not client:
-                _outage = Outage(client)
-    outage = _outage
-    asked_at = time.monotonic()
-    if reason := outage.refuses(asked_at):
-        return None, reason
-    try:
-        answer = getattr(client, command)(*args)
-        if not valid(answer):
-            raise TypeError(f"{command.upper()} was answered with {answer!r}: is that a Redis?")
-    except Exception as error:  # what is no Redis makes the client raise more than RedisError
-        reason = str(error) or type(error).__name__
-        outage.failed(command, asked_at, reason, isinstance(error, ResponseError))
-        return None, reason
-    if outage.reason is not None:
-        outage.succeeded(command, asked_at)
-    return answer, None
+        missing = not redis and (setting("REDIS_HOST") or setting("REDIS_URL"))
+        return None, "the Python package redis is missing" if missing else None
+    reason = _watch.outage
+    return (None, reason) if reason else _watch.ask(client, command, *arguments)
 
 
 # --- Routes
 
 app = Flask(__name__, static_folder=None)
-
-_started_at = time.monotonic()
-
-
-@app.before_request
-def refuse_double_slash():
-    """Answer 404 to //health, which the router would take for /health."""
-    if request.environ["PATH_INFO"].startswith("//"):
-        abort(404)
+start_time = time.monotonic()  # of the service: serve.py hands its own to every worker
 
 
 @app.get("/")
 def index():
     """Return the greeting and this hit's number; a HEAD is no hit."""
-    hit_count = redis_error = None
-    if request.method == "GET":
-        hit_count, redis_error = ask_redis("incr", "lab25_hits", valid=lambda answer: type(answer) is int)
-    response = jsonify(
-        message="Hello from lab25",
-        path=request.path,
-        host=request.host,
-        env=setting("LAB_ENV", "dev"),
-        hit_count=hit_count,
-        redis_error=redis_error,
-    )
-    if request.method == "HEAD":  # the length of a GET's answer depends on its number
-        response.automatically_set_content_length = False
-        del response.headers["Content-Length"]
-    return response
+    hit_count, redis_error = ask_redis("incr", "lab25_hits") if request.method == "GET" else (None, None)
+    answer = {"message": "Hello from lab25", "path": request.path, "host": request.host}
+    return {**answer, "env": setting("LAB_ENV", "dev"), "hit_count": hit_count, "redis_error": redis_error}
 
 
 @app.get("/health")
 def health():
     """Return that this process can serve, which does not depend on Redis."""
-    pong, _ = ask_redis("ping", valid=bool)
-    return jsonify(
-        status="ok",
-        uptime_seconds=int(time.monotonic() - _started_at),
-        hostname=socket.gethostname(),
-        env=setting("LAB_ENV", "dev"),
-        redis_ok=bool(pong),
-        version=setting("BUILD_VERSION", "dev"),
-        build_date=setting("BUILD_DATE", "unknown"),
-    )
+    here = {"hostname": socket.gethostname(), "env": setting("LAB_ENV", "dev"), "redis_ok": bool(ask_redis("ping")[0])}
+    build = {"version": setting("BUILD_VERSION", "dev"), "build_date": setting("BUILD_DATE", "unknown")}
+    return {"status": "ok", "uptime_seconds": int(time.monotonic() - start_time), **here, **build}
 
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
     """Return the error as JSON with its own status and headers; a crash arrives here as a bare 500."""
     response = error.get_response()
-    response.data = jsonify(error=error.description).data
-    response.content_type = "application/json"
+    response.data, response.content_type = jsonify(error=error.description).data, "application/json"
     return response
-
-
-# --- Start
-
-LOGGING = {
-    "formatters": {
-        name: {"format": "%(asctime)s %(process)d %(levelname)s %(message)s"} for name in ("generic", "access")
-    },
-    "root": {"handlers": ["console"], "level": "INFO"},
-}
-
-
-def in_worker(started_at):
-    """Return the app to a worker, which tells the age of the service and is ended by its parent alone.
-
-    A worker that a terminal's Ctrl-C has reached too does not hear the SIGTERM, and is killed only after five seconds.
-    """
-    global _started_at
-    _started_at = started_at
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    return app
-
-
-def main():
-    """Check the environment and serve until SIGTERM. Exits with one line for a value that cannot be used."""
-    try:
-        host, port = setting("HOST", "127.0.0.1"), number("PORT", 8080, 1, 65535)
-        workers, access_log = number("WEB_CONCURRENCY", 2, 1, 64), number("ACCESS_LOG", 0, 0, 1)
-        redis_at = redis_address()
-    except ValueError as error:
-        sys.exit(str(error))
-    try:  # the server shares a port that is taken, and takes no host names
-        family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if ":" in host else {}
-        with socket.create_server((host, port), **family) as free:
-            address = free.getsockname()[0]
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"HOST is {host!r} and PORT is {port}: {error}; set an address and a free port of this machine")
-
-    from granian import Granian
-    from granian.http import HTTP1Settings
-
-    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # the C library looks up a name for ten seconds
-    server = Granian(
-        "app:app",
-        address=address,
-        port=port,
-        interface="wsgi",
-        http="1",
-        http1_settings=HTTP1Settings(header_read_timeout=10_000, max_buffer_size=65_536),
-        workers=workers,
-        blocking_threads=8,  # as many may wait a second when Redis freezes; with 6 it is 4 % slower, with 10 5 % faster
-        respawn_failed_workers=True,
-        # Seconds, for a client that never finishes its request, or a worker that missed the SIGTERM while it started;
-        # Docker kills after ten.
-        workers_kill_timeout=5,
-        log_level="error",
-        log_dictconfig=LOGGING,
-        log_access=access_log == 1,
-        log_access_format="%(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
-    )
-    app.logger.info(
-        "lab25-web %s on http://%s:%s, workers: %s, Redis: %s",
-        setting("BUILD_VERSION", "dev"),
-        f"[{host}]" if ":" in host else host,
-        port,
-        workers,
-        "{host}:{port}/{db}".format(**redis_at) if redis_at else "none, nothing is counted",
-    )
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        # A closed terminal ends the service, unless nohup started it; the server would take either for a reload.
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        server.on_startup(
-            lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.getsignal(signal.SIGTERM))
-        )
-    gc.freeze()  # a collection in one worker would unshare the memory of all: 78 MiB instead of 59
-    server.serve(target_loader=functools.partial(in_worker, _started_at), wrap_loader=False)
-
-
-if __name__ == "__main__":
-    main()
