@@ -4,6 +4,7 @@ import collections
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 
@@ -24,6 +25,13 @@ def ask(connection, path="/"):
     return Answer(response.status, response.headers, json.loads(response.read()))
 
 
+def timed(function, *arguments):
+    """Return the seconds that a call takes."""
+    began = time.monotonic()
+    function(*arguments)
+    return time.monotonic() - began
+
+
 def eventually(condition, seconds, every=0.05):
     """Return the first true result of `condition`, called until then; fail after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -36,6 +44,16 @@ def eventually(condition, seconds, every=0.05):
             problem = repr(error)
         assert time.monotonic() < deadline, f"not within {seconds} seconds, at last: {problem}"
         time.sleep(every)
+
+
+@contextlib.contextmanager
+def slow_clients(port, count=200):
+    """Yield connections that each hold the first half of a request for /, to be gone on with a byte now and then."""
+    with contextlib.ExitStack() as cleanup:
+        made = [cleanup.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(count)]
+        for connection in made:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ")
+        yield made
 
 
 class Visitors:

@@ -4,6 +4,7 @@ Everything is named after RUN, so that it can neither meet a learner's container
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -32,6 +33,20 @@ def docker(*arguments, check=True, timeout=300, **options):
         f"docker {' '.join(map(str, arguments))}\n{result.stdout}{result.stderr}"
     )
     return result
+
+
+@functools.cache
+def problem():
+    """Return why there is no engine to work with, or None."""
+    for command in (["info"], ["compose", "version"], ["buildx", "version"]):
+        try:
+            result = docker(*command, check=False, timeout=30)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"`docker {' '.join(command)}` failed: {error}"
+        if result.returncode or "Server:\n ERROR" in result.stdout:
+            lines = (result.stderr or result.stdout).strip().splitlines()
+            return f"`docker {' '.join(command)}` failed: {lines[-1]}"
+    return None
 
 
 def inspect(name, what="container"):
@@ -80,6 +95,25 @@ class Container:
 
     def get(self, path="/", timeout=5):
         return get(self.port(), path, timeout=timeout)
+
+    def address(self, network="bridge"):
+        """Return its IP address in a network, which this machine reaches where the engine runs on it."""
+        return self.inspect()["NetworkSettings"]["Networks"][network]["IPAddress"]
+
+    def memory_bytes(self):
+        """Return what `docker stats` says that it uses."""
+        used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", self.name).stdout.split(" /")[0]
+        number, unit = used[:-3], used[-3:]
+        return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """Let none of its processes run, in a `with` block."""
+        docker("pause", self.name)
+        try:
+            yield
+        finally:
+            docker("unpause", self.name)
 
     def log(self):
         result = docker("logs", self.name)
