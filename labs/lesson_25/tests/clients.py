@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import http.client
+import itertools
 import json
 import math
 import socket
@@ -45,12 +46,12 @@ def seconds_to(port, path="/"):
 
 
 def probe(port, times, every):
-    """Return the seconds to each answer of /health, asked again after `every` seconds, or after a later answer."""
-    waits = []
+    """Return the seconds to each answer of /health, asked `every` so many seconds, and at once after a later answer."""
+    waits = [0.0]
     for _ in range(times):
+        time.sleep(max(0, every - waits[-1]))
         waits.append(seconds_to(port, "/health"))
-        time.sleep(max(0, every - waits[-1]) if waits[-1] < math.inf else 0)
-    return waits
+    return waits[1:]
 
 
 def every_hit_counts(port, hits=20):
@@ -82,10 +83,11 @@ def slow_clients(port, count=200):
             connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ")
 
         def go_on():
-            while not stop.wait(0.5):
-                for connection in made:
-                    with contextlib.suppress(OSError):  # the server has lost patience with it
-                        connection.sendall(b"a")
+            for connection in itertools.cycle(made):  # one after the other, not in a burst that holds up who measures
+                if stop.wait(0.5 / count):
+                    return
+                with contextlib.suppress(OSError):  # the server has lost patience with it
+                    connection.sendall(b"a")
 
         thread = threading.Thread(target=go_on)
         thread.start()
