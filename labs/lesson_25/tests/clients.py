@@ -46,7 +46,7 @@ def seconds_to(port, path="/"):
 
 
 def probe(port, times, every):
-    """Return the seconds to each answer of /health, asked `every` so many seconds, and at once after a later answer."""
+    """Return the seconds to each answer of /health, asked once in `every` seconds, and at once after a later one."""
     waits = [0.0]
     for _ in range(times):
         time.sleep(max(0, every - waits[-1]))
