@@ -3,12 +3,16 @@
 import collections
 import contextlib
 import http.client
+import itertools
 import json
+import math
+import socket
 import threading
 import time
 
 Answer = collections.namedtuple("Answer", "status headers json")
 FAILURES = (OSError, http.client.HTTPException)
+NO_ANSWER_SECONDS = 20
 
 
 def get(port, path="/", timeout=5):
@@ -24,6 +28,37 @@ def ask(connection, path="/"):
     return Answer(response.status, response.headers, json.loads(response.read()))
 
 
+def timed(function, *arguments, **options):
+    """Return the seconds that a call takes."""
+    began = time.monotonic()
+    function(*arguments, **options)
+    return time.monotonic() - began
+
+
+def seconds_to(port, path="/"):
+    """Return the seconds to an answer, infinity where none came in NO_ANSWER_SECONDS; fail where it was no 200."""
+    began = time.monotonic()
+    try:
+        assert get(port, path, NO_ANSWER_SECONDS).status == 200
+    except FAILURES:
+        return math.inf
+    return time.monotonic() - began
+
+
+def probe(port, times, every):
+    """Return the seconds to each answer of /health, asked once in `every` seconds, and at once after a later one."""
+    waits = [0.0]
+    for _ in range(times):
+        time.sleep(max(0, every - waits[-1]))
+        waits.append(seconds_to(port, "/health"))
+    return waits[1:]
+
+
+def every_hit_counts(port, hits=20):
+    """Return whether as many hits in a row are counted, which meets every worker."""
+    return all(get(port).json["hit_count"] for _ in range(hits))
+
+
 def eventually(condition, seconds, every=0.05):
     """Return the first true result of `condition`, called until then; fail after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -36,6 +71,29 @@ def eventually(condition, seconds, every=0.05):
             problem = repr(error)
         assert time.monotonic() < deadline, f"not within {seconds} seconds, at last: {problem}"
         time.sleep(every)
+
+
+@contextlib.contextmanager
+def slow_clients(port, count=200):
+    """Yield connections that, in a `with` block, each send another byte of one header every half second."""
+    stop = threading.Event()
+    with contextlib.ExitStack() as cleanup:
+        made = [cleanup.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(count)]
+        for connection in made:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ")
+
+        def go_on():
+            for connection in itertools.cycle(made):  # one after the other, not in a burst that holds up who measures
+                if stop.wait(0.5 / count):
+                    return
+                with contextlib.suppress(OSError):  # the server has lost patience with it
+                    connection.sendall(b"a")
+
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        cleanup.callback(thread.join)
+        cleanup.callback(stop.set)
+        yield made
 
 
 class Visitors:

@@ -1,10 +1,8 @@
 """What every test finds: the app in a fresh state and, for the engine tests, an engine."""
 
-import functools
 import os
 import signal
 import socketserver
-import subprocess
 import threading
 
 import fakeredis
@@ -30,21 +28,8 @@ def pytest_configure(config):
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
-@functools.cache
-def engine_problem():
-    """Return why there is no engine to test with, or None."""
-    for command in (["docker", "info"], ["docker", "compose", "version"], ["docker", "buildx", "version"]):
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return f"`{' '.join(command)}` failed: {error}"
-        if result.returncode or "Server:\n ERROR" in result.stdout:
-            return f"`{' '.join(command)}` failed: {(result.stderr or result.stdout).strip().splitlines()[-1]}"
-    return None
-
-
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("engine") and (problem := engine_problem()):
+    if item.get_closest_marker("engine") and (problem := engine.problem()):
         if os.environ.get("LAB25_ENGINE") == "required":
             pytest.fail(f"LAB25_ENGINE=required, but there is no Docker Engine: {problem}", pytrace=False)
         pytest.skip(f"no Docker Engine: {problem}")

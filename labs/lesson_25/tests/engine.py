@@ -4,6 +4,7 @@ Everything is named after RUN, so that it can neither meet a learner's container
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ from clients import eventually, get
 
 LESSON = pathlib.Path(__file__).parents[1]
 CONTEXT = LESSON / "app"
+LOCAL_FILE = LESSON / "compose" / "docker-compose.yml"
+BASE, REDIS = "python:3.12-slim", "redis:7-alpine"
 RUN = f"lab25-test-{secrets.token_hex(4)}"
 
 
@@ -34,6 +37,20 @@ def docker(*arguments, check=True, timeout=300, **options):
     return result
 
 
+@functools.cache
+def problem():
+    """Return why there is no engine to work with, or None."""
+    for command in (["info"], ["compose", "version"], ["buildx", "version"]):
+        try:
+            result = docker(*command, check=False, timeout=30)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"`docker {' '.join(command)}` failed: {error}"
+        if result.returncode or "Server:\n ERROR" in result.stdout:
+            lines = (result.stderr or result.stdout).strip().splitlines()
+            return f"`docker {' '.join(command)}` failed: {lines[-1]}"
+    return None
+
+
 def inspect(name, what="container"):
     """Return what `docker inspect` tells of a container or an image."""
     return json.loads(docker(what, "inspect", name).stdout)[0]
@@ -50,6 +67,22 @@ def build(tag, *options, context=CONTEXT):
     image = f"{RUN}:{tag}"
     docker("build", "--tag", image, *options, context)
     return image
+
+
+def layer_sizes(image):
+    """Return the unpacked bytes of each line of the image's history, the last made first."""
+    return [int(size) for size in docker("history", "--human=false", "--format", "{{.Size}}", image).stdout.split()]
+
+
+@functools.cache
+def base_lines():
+    """Return how many lines of a history are the base image's, which a build alone does not leave on every engine."""
+    docker("pull", "--quiet", BASE)
+    return len(layer_sizes(BASE))
+
+
+def bytes_over_base(image):
+    return sum(layer_sizes(image)[: -base_lines()])
 
 
 def remove_images(naming=RUN):
@@ -81,6 +114,25 @@ class Container:
     def get(self, path="/", timeout=5):
         return get(self.port(), path, timeout=timeout)
 
+    def address(self, network="bridge"):
+        """Return its IP address in a network, which this machine reaches where the engine runs on it."""
+        return self.inspect()["NetworkSettings"]["Networks"][network]["IPAddress"]
+
+    def memory_bytes(self):
+        """Return what `docker stats` says that it uses."""
+        used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", self.name).stdout.split(" /")[0]
+        number, unit = used[:-3], used[-3:]
+        return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """Let none of its processes run, in a `with` block."""
+        docker("pause", self.name)
+        try:
+            yield
+        finally:
+            docker("unpause", self.name)
+
     def log(self):
         result = docker("logs", self.name)
         return result.stdout + result.stderr
@@ -109,6 +161,20 @@ def container(image, *options, command=(), wait=True):
         docker("rm", "--force", "--volumes", name)
 
 
+def ping(redis):
+    """Return whether Redis answers from within its container."""
+    return "PONG" in redis.run("redis-cli", "ping", check=False).stdout
+
+
+@contextlib.contextmanager
+def redis_in(network, *options):
+    """Yield the Container of a Redis that answers in this network."""
+    with container(REDIS, "--network", network, *options, wait=False) as made:
+        docker("start", made.name)
+        eventually(lambda: ping(made), 5)
+        yield made
+
+
 class Stack:
     """One of the lesson's Compose files under a project name, port and image name of the tests' own.
 
@@ -118,9 +184,13 @@ class Stack:
     def __init__(self, folder, *files, web="", environment=None, project=None):
         self.project = project or f"{RUN}-{secrets.token_hex(3)}"
         self.port = free_port()
+        self.network = f"{self.project}_backend"
+        self.hosts = folder / f"{secrets.token_hex(3)}.hosts"  # what web finds here it does not ask the engine for
+        self.hosts.write_text("127.0.0.1 localhost\n")
         override = folder / f"{secrets.token_hex(3)}.yml"
         override.write_text(
-            f"services:\n  web:\n    container_name: !reset null\n{web}  redis:\n    container_name: !reset null\n"
+            f"services:\n  web:\n    container_name: !reset null\n    volumes: ['{self.hosts}:/etc/hosts:ro']\n{web}"
+            "  redis:\n    container_name: !reset null\n"
         )
         self.files = [*files, override]
         self.environment = {**os.environ, "LAB25_PORT": str(self.port), **(environment or {})}
@@ -141,6 +211,23 @@ class Stack:
     def get(self, path="/", timeout=5):
         return get(self.port, path, timeout=timeout)
 
+    @contextlib.contextmanager
+    def redis_moved(self):
+        """Lead the name of Redis to a second one, in a `with` block.
+
+        The first becomes its replica: it lives on, keeps its connections, and refuses to count.
+        """
+        first = self.container("redis")
+        with redis_in(self.network) as second:
+            address = second.address(self.network)
+            first.run("redis-cli", "replicaof", address, "6379")
+            self.hosts.write_text(f"127.0.0.1 localhost\n{address} redis\n")
+            try:
+                yield second
+            finally:
+                self.hosts.write_text("127.0.0.1 localhost\n")
+                first.run("redis-cli", "replicaof", "no", "one")
+
     def hits(self):
         """Return the number of the next hit, once there is one."""
         return eventually(lambda: self.get().json["hit_count"], 5)
@@ -149,7 +236,7 @@ class Stack:
 @contextlib.contextmanager
 def local_stack(folder, image):
     """Yield the local Compose file's Stack, built as `image`; everything of it goes at the end."""
-    made = Stack(folder, LESSON / "compose" / "docker-compose.yml", web=f"    image: {image}\n")
+    made = Stack(folder, LOCAL_FILE, web=f"    image: {image}\n")
     try:
         yield made
     finally:
@@ -162,4 +249,4 @@ def kill(container_name, pid=None):
     `docker kill` would not do: the engine takes it for the operator's wish and does not restart the container.
     """
     pid = pid or inspect(container_name)["State"]["Pid"]
-    docker("run", "--rm", "--pid", "host", "--privileged", "redis:7-alpine", "sh", "-c", f"kill -9 {pid}")
+    docker("run", "--rm", "--pid", "host", "--privileged", REDIS, "sh", "-c", f"kill -9 {pid}")

@@ -45,6 +45,20 @@ class Registry:
     def name(self, owner, tag):
         return f"{self.address}/{owner}/lab25-web:{tag}"
 
+    def blobs(self, owner, tag):
+        """Return the compressed bytes of each part that a machine pulls for an image, by the part's digest."""
+        name = self.name(owner, tag)
+
+        def manifest(name):
+            raw = docker("buildx", "imagetools", "inspect", "--raw", name, env=self.logged_in)
+            return json.loads(raw.stdout)
+
+        found = manifest(name)
+        if "manifests" in found:  # an index of the image and of how it was built
+            (digest,) = [one["digest"] for one in found["manifests"] if one["platform"]["os"] == "linux"]
+            found = manifest(f"{name}@{digest}")
+        return {blob["digest"]: blob["size"] for blob in (found["config"], *found["layers"])}
+
     def push(self, image, owner, *tags):
         """Push `image` under each tag and leave no image of these names on the machine. Return the digest."""
         for tag in tags:
