@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 
-from flask import Flask, jsonify, request
+from flask import Flask, request
 from werkzeug.exceptions import HTTPException
 
 try:
@@ -25,7 +25,6 @@ except ImportError:  # without the package the app serves, and the counter is of
     redis, ResponseError = None, ()
 
 # --- Where Redis is
-
 NAME = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
 URL = rf"rediss?://([^@/?#]*@)?({NAME}|\[[\w:.%]+\])(:[1-9]\d*)?(/\d*)?(\?[^#]*)?|unix://([^@/?#]*@)?/[^?#]+(\?[^#]*)?"
 
@@ -82,7 +81,6 @@ def redis_address():
 
 
 # --- Redis
-
 WAIT_SECONDS = 1  # for a connection, then for an answer
 PAUSE_SECONDS = 0.5  # between two pings in an outage; with a wait below the two seconds in which counting resumes
 QUIET_SECONDS = 3  # between two lines that say "back": a Redis that fails in turns must not fill the log
@@ -181,7 +179,6 @@ def ask_redis(command, *arguments):
 
 
 # --- Routes
-
 app = Flask(__name__, static_folder=None)
 start_time = time.monotonic()  # of the service: serve.py hands its own to every worker
 
@@ -205,6 +202,5 @@ def health():
 @app.errorhandler(HTTPException)
 def error_as_json(error):
     """Return the error as JSON with its own status and headers; a crash arrives here as a bare 500."""
-    response = error.get_response()
-    response.data, response.content_type = jsonify(error=error.description).data, "application/json"
-    return response
+    headers = [(name, value) for name, value in error.get_headers() if name != "Content-Type"]
+    return {"error": error.description}, error.code, headers

@@ -1,16 +1,16 @@
 """The server: its settings, checked, its start and its end. `python app.py` runs it."""
 
+import os
 import signal
-import sys
 
-for early in signal.SIGINT, signal.SIGTERM:  # until the server has its own handlers
-    signal.signal(early, lambda *_: sys.exit(0))
+for early in signal.SIGINT, signal.SIGTERM:  # until the server has handlers of its own
+    signal.signal(early, lambda *_: os._exit(0))
 
 import functools
 import gc
 import multiprocessing
-import os
 import socket
+import sys
 import threading
 import time
 
@@ -27,11 +27,11 @@ LOGGING = {"formatters": {"generic": FORMAT, "access": FORMAT}, "root": {"handle
 class Server(Granian):
     """Ends its workers by closing a pipe, or by dying: a signal to their whole group would reach some before itself."""
 
-    def signal_handler_interrupt(self, *_):
+    def shutdown(self, *exit_code):
         for worker in self.wrks:
             worker.interrupt_by_parent = True  # or its end would be an unexpected one, and the status 1
         self.pipe[1].close()
-        super().signal_handler_interrupt()
+        super().shutdown(*exit_code)
 
 
 def in_worker(start_time, parent, parents_end):
@@ -61,8 +61,10 @@ def main():
         workers, access_log = number("WEB_CONCURRENCY", 2, 1, 64), number("ACCESS_LOG", 0, 0, 1)
         redis_at = app.redis_address()
         app.get_redis_client()
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         sys.exit(str(error))
+    except TypeError as error:
+        sys.exit(f"REDIS_URL has something behind its ? that cannot be used: {error}")
     try:  # the server shares a port that is taken, and takes no host names
         family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if ":" in host else {}
         with socket.create_server((host, port), **family) as free:
@@ -94,5 +96,4 @@ def main():
     shown = redis_at and (redis_at.get("unix_socket_path") or "{host}:{port}/{db}".format(**redis_at))
     app.app.logger.info("lab25-web %s on %s, workers: %s, Redis: %s", version, at, workers, shown or "none, no counter")
     gc.freeze()  # a collection in one worker would unshare the memory of all: 78 MiB instead of 59
-    server.serve(target_loader=functools.partial(in_worker, app.start_time, *server.pipe), wrap_loader=False)
-    sys.exit()
+    sys.exit(server.serve(target_loader=functools.partial(in_worker, app.start_time, *server.pipe), wrap_loader=False))

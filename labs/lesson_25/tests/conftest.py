@@ -18,7 +18,19 @@ BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
 
 SETTINGS = {
-    *("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "LAB_ENV", "HOST", "PORT", "WEB_CONCURRENCY", "ACCESS_LOG"),
+    *(
+        "REDIS_HOST",
+        "REDIS_PORT",
+        "REDIS_DB",
+        "REDIS_URL",
+        "REDIS_PASSWORD",
+        "REDIS_PASSWORD_FILE",
+        "LAB_ENV",
+        "HOST",
+        "PORT",
+        "WEB_CONCURRENCY",
+        "ACCESS_LOG",
+    ),
     *("BUILD_VERSION", "BUILD_DATE", "LAB25_PORT", "REGISTRY", "GHCR_OWNER", "IMAGE_TAG"),
 }
 

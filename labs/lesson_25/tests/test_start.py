@@ -1,6 +1,7 @@
 """`python app.py` as it is started without Docker: its settings, its log, its workers and its end."""
 
 import concurrent.futures
+import importlib
 import os
 import pathlib
 import signal
@@ -14,6 +15,7 @@ import fakeredis
 import pytest
 
 from clients import eventually, get
+from limits import STOP_SECONDS
 
 APP = pathlib.Path(__file__).parents[1] / "app" / "app.py"
 
@@ -85,6 +87,17 @@ def test_two_hundred_requests_from_many_threads_get_different_numbers(start, red
     assert sorted(answer.json["hit_count"] for answer in answers) == list(range(1, 201))
 
 
+@pytest.fixture
+def serve(monkeypatch):
+    """The module that starts the server; it sets signal handlers, which are not for pytest."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    module = importlib.import_module("serve")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    monkeypatch.setattr(module, "Server", lambda *_, **__: pytest.fail("it started"))
+    return module
+
+
 @pytest.mark.parametrize(
     "name, values, allowed",
     [
@@ -93,25 +106,51 @@ def test_two_hundred_requests_from_many_threads_get_different_numbers(start, red
         ("REDIS_DB", ["-1", "one", "9" * 5000], "from 0"),
         ("WEB_CONCURRENCY", ["0", "65", "auto"], "from 1 to 64"),
         ("ACCESS_LOG", ["2", "yes"], "from 0 to 1"),
+        ("REDIS_HOST", ["redis:6379", "a..b", "x" * 64, "fe80:", "redis://redis:6379", "two words"], "host name"),
         (
-            "REDIS_HOST",
-            ["redis:6379", "a..b", "x" * 64, "fe80:", "redis://redis:6379", "127.0.0.1:6379", "two words"],
-            "host name",
+            "REDIS_URL",
+            ["redis", "http://redis", "redis://", "redis://r:0", "redis://r:99999", "redis://r/one"],
+            "redis://",
         ),
+        ("REDIS_PASSWORD_FILE", ["/nowhere", "/", "/dev/null"], "a file with the password"),
         ("HOST", ["\udcff", "999.1.1.1", "192.0.2.1", "a..b"], "address"),
     ],
 )
-def test_a_bad_value_stops_the_start_with_one_line(app, monkeypatch, name, values, allowed):
-    monkeypatch.setattr("granian.Granian", lambda *_, **__: pytest.fail("it started"))
+def test_a_bad_value_stops_the_start_with_one_line(app, serve, monkeypatch, name, values, allowed):
     for value in values[1:]:
         monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as stopped:
-            app.main()
+            serve.main()
         message = stopped.value.code
         assert f"{name} is {value!r}" in message and allowed in message and "\n" not in message
     monkeypatch.delenv(name)
     line = refused(**{name: values[0]})
     assert f"{name} is {values[0]!r}" in line and allowed in line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"REDIS_HOST": "redis", "REDIS_URL": "redis://:secret@redis"},
+        {"REDIS_HOST": "redis", "REDIS_PASSWORD": "secret", "REDIS_PASSWORD_FILE": "/run/secrets/one"},
+        {"REDIS_URL": "redis://:secret@redis", "REDIS_PASSWORD": "secret too"},
+        {"REDIS_URL": "redis://:sec/ret@redis:6379"},
+        {"REDIS_URL": "redis://:sec#ret@redis:6379"},
+        {"REDIS_URL": "redis://:secret@redis:6379:1"},
+        {"REDIS_URL": "redis://redis?password=secret&db=one"},
+        {"REDIS_URL": "rediss://:secret@redis?ssl_nonsense=1"},
+        {"REDIS_HOST": "redis://:se@cret@redis:6379"},
+        {"REDIS_HOST": ":secret@redis"},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_stops_the_start_and_shows_no_password(app, serve, monkeypatch, settings):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        serve.main()
+    message = stopped.value.code
+    assert "REDIS_" in message and "sec" not in message.replace("/run/secrets/one", "") and "\n" not in message
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::"])
@@ -129,7 +168,7 @@ def test_listens_on_a_name_or_an_address(start, host):
 def test_the_log_says_what_was_started_and_nothing_per_request(start):
     process, port = start(REDIS_HOST="redis.invalid", WEB_CONCURRENCY="1", BUILD_VERSION="0a1b2c3")
     (line,) = process.log.read_text().splitlines()
-    for part in ("0a1b2c3", str(port), "workers: 1", "redis.invalid:6379/0"):
+    for part in ("0a1b2c3", f"http://127.0.0.1:{port}", "workers: 1", "redis.invalid:6379/0"):
         assert part in line
     get(port, "/health")
     lines = process.log.read_text().splitlines()
@@ -149,27 +188,85 @@ def test_uptime_is_of_the_service_and_goes_on_when_a_worker_is_replaced(start):
     time.sleep(1)
     before = get(port, "/health").json["uptime_seconds"]
     assert before >= 1
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)  # from Python 3.14 on the first is multiprocessing's resource tracker
+    os.kill(processes(process)[-2], signal.SIGKILL)  # from Python 3.14 on the first is multiprocessing's own
     assert eventually(lambda: get(port, "/health"), 5).json["uptime_seconds"] >= before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_it_at_once_with_status_0(start, number):
-    """Sent to the whole process group, as a terminal does at Ctrl-C or when it is closed."""
-    process, port = start(WEB_CONCURRENCY="4")
-    eventually(lambda: get(port, "/health"), 5)
-    time.sleep(1)  # until every worker listens
-    began = time.monotonic()
+def processes(parent):
+    """Return the numbers of a process and of its children, which come first."""
+    children = pathlib.Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    return [*map(int, children), parent.pid]
+
+
+def signal_group(process, number):
+    """As a terminal does at Ctrl-C."""
     os.killpg(process.pid, number)
-    assert process.wait(10) == 0
-    assert time.monotonic() - began < 1, process.log.read_text()
+
+
+def signal_each(process, number):
+    """As systemd does: one by one, the workers before their parent has heard it."""
+    for pid in processes(process):
+        os.kill(pid, number)
+        time.sleep(0.002)
+
+
+def signal_parent(process, number):
+    """As docker stop does."""
+    process.send_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("send", [signal_group, signal_each, signal_parent])
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+def test_a_signal_ends_it_with_status_0(start, send, number):
+    process, port = start(WEB_CONCURRENCY="4")
+    send(process, number)
+    assert process.wait(10) == 0, process.log.read_text()
     assert len(process.log.read_text().splitlines()) == 1
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
 
-def test_goes_on_after_the_terminal_is_closed_when_nohup_started_it(start):
+@pytest.mark.slow
+@pytest.mark.timing
+def test_a_signal_to_all_its_processes_ends_it_at_once_also_on_a_busy_machine(start):
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        for turn in range(40):
+            process, _ = start(WEB_CONCURRENCY="4")
+            time.sleep(0.5)
+            began = time.monotonic()
+            (signal_group if turn % 2 else signal_each)(process, signal.SIGTERM)
+            assert process.wait(10) == 0, process.log.read_text()
+            assert time.monotonic() - began < STOP_SECONDS
+    finally:
+        for one in busy:
+            one.kill()
+            one.wait()
+
+
+def test_a_signal_while_it_is_still_starting_ends_it(start, unused_port):
+    """Before Python has a handler the signal's own action ends it; process 1 of a container has none."""
+    for hundredths in range(5, 100, 5):
+        process = subprocess.Popen([sys.executable, APP], env={**os.environ, "PORT": str(unused_port)})
+        time.sleep(hundredths / 100)
+        process.terminate()
+        assert process.wait(4) in (0, -signal.SIGTERM), "after five seconds the workers are killed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+def test_no_worker_outlives_a_killed_parent(start):
+    process, _ = start()
+    workers = processes(process)[:-1]
+    process.kill()
+    process.wait()
+    eventually(lambda: not any(pathlib.Path(f"/proc/{worker}/cwd").exists() for worker in workers), 5)
+
+
+def test_goes_on_after_the_terminal_is_closed_only_when_nohup_started_it(start):
+    process, _ = start()
+    os.killpg(process.pid, signal.SIGHUP)
+    process.wait(5)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a new process inherits, as from nohup
     try:
         process, port = start()
