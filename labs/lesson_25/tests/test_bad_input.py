@@ -10,10 +10,9 @@ import time
 import pytest
 
 from clients import FAILURES, eventually
+from limits import MEMORY_LIMITS_BYTES
 
 pytestmark = pytest.mark.engine
-
-MEMORY_LIMIT_BYTES = 256 * 2**20
 
 
 def send(port, request, timeout=5):
@@ -45,7 +44,7 @@ def web(stack):
     peak = made.run(
         "sh", "-c", "cat /sys/fs/cgroup/memory.peak 2>/dev/null || cat /sys/fs/cgroup/memory/memory.max_usage_in_bytes"
     )
-    assert int(peak.stdout) < MEMORY_LIMIT_BYTES
+    assert int(peak.stdout) < MEMORY_LIMITS_BYTES["web"]
     assert made.log().splitlines()[lines:] == []
 
 

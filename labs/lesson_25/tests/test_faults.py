@@ -8,29 +8,22 @@ import time
 
 import pytest
 
-from clients import Visitors, eventually, get
-from engine import RUN, container, docker, kill
+from clients import Visitors, eventually, every_hit_counts, get, probe
+from engine import RUN, container, docker, kill, ping, redis_in
+from limits import (
+    AT_ONCE_SECONDS,
+    BACK_WITHIN_SECONDS,
+    FIRST_WAIT_SECONDS,
+    MEMORY_GROWTH_RATIO,
+    STOP_UNDER_LOAD_SECONDS,
+    WORKERS,
+)
 
 pytestmark = pytest.mark.engine
-
-BACK_WITHIN_SECONDS = 2
-HEALTH_WITHIN_SECONDS = 1.5
-
-
-def ping(redis):
-    """Return whether Redis answers from within its container."""
-    return "PONG" in redis.run("redis-cli", "ping", check=False).stdout
 
 
 def counts(ask):
     return ask().json["hit_count"] is not None
-
-
-def memory_bytes(made):
-    """Return what `docker stats` says of the container's memory."""
-    used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", made.name).stdout.split(" /")[0]
-    number, unit = used[:-3], used[-3:]
-    return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
 
 
 # Redis goes, and comes back
@@ -69,47 +62,54 @@ def test_redis_going_ten_times_costs_no_answer_and_no_number(stack):
     assert len(new) <= 2 * len(gone)
 
 
+@pytest.mark.slow
+@pytest.mark.timing
 def test_a_frozen_redis_holds_up_neither_health_nor_memory(stack):
     web, redis = stack.container("web"), stack.container("redis")
     with Visitors(stack.port, count=64):
         time.sleep(3)
-    before = memory_bytes(web)
-    slowest = 0
+    before = web.memory_bytes()
     with Visitors(stack.port, count=64) as visitors:
         time.sleep(1)
-        docker("pause", redis.name)
-        try:
-            frozen_until = time.monotonic() + 12  # long enough for the engine's own health check
-            while time.monotonic() < frozen_until:
-                began = time.monotonic()
-                assert stack.get("/health").status == 200
-                slowest = max(slowest, time.monotonic() - began)
-                time.sleep(0.05)
-        finally:
-            docker("unpause", redis.name)
+        with redis.frozen():  # long enough for the engine's own health check
+            waits = probe(stack.port, times=200, every=0.06)
         eventually(lambda: counts(stack.get), BACK_WITHIN_SECONDS)
-    assert slowest < HEALTH_WITHIN_SECONDS
+    assert max(waits) < FIRST_WAIT_SECONDS
     assert web.health == "healthy"
     assert web.inspect()["State"]["Health"]["FailingStreak"] == 0
     visitors.numbers()
-    assert memory_bytes(web) < before * 1.15
+    assert web.memory_bytes() < before * MEMORY_GROWTH_RATIO
 
 
-def test_the_log_has_one_line_when_redis_goes_and_one_when_it_is_back(stack):
+@pytest.mark.timing
+def test_each_worker_waits_once_where_only_health_is_asked_and_redis_is_frozen(stack):
+    stack.hits()
+    with stack.container("redis").frozen():
+        waits = probe(stack.port, times=24, every=0.25)
+    assert len([wait for wait in waits if wait > AT_ONCE_SECONDS]) <= WORKERS
+    eventually(lambda: every_hit_counts(stack.port), 5)
+
+
+def test_the_log_says_for_each_worker_that_redis_went_and_that_hits_are_counted_again(stack):
     web, redis = stack.container("web"), stack.container("redis")
     with Visitors(stack.port, count=16, pause=0.01):  # enough to meet both workers
-        time.sleep(1)  # until both have got over what an earlier test did
+        time.sleep(4)  # until both have got over what an earlier test did
         lines = len(web.log().splitlines())
-        docker("pause", redis.name)
-        time.sleep(3)
-        docker("unpause", redis.name)
-        time.sleep(BACK_WITHIN_SECONDS)
-    new = web.log().splitlines()[lines:]
-    gone = [line for line in new if "Redis failed" in line]
-    back = [line for line in new if "Redis is back" in line]
-    assert len(gone) == len(back) == 2, "one of each from each worker"
-    assert len(new) == 4
-    assert all("Timeout" in line for line in gone)
+
+        def told(words):
+            return len([line for line in web.log().splitlines()[lines:] if words in line])
+
+        with redis.frozen():
+            eventually(lambda: told("Redis failed, hits are not counted: Timeout") == WORKERS, 10)
+        eventually(lambda: told("Redis is back, hits are counted again") == WORKERS, 10)
+    assert told("") == 2 * WORKERS
+
+
+def test_hits_are_counted_where_redis_has_moved_while_the_old_one_lives_on_as_a_replica(stack):
+    stack.hits()
+    with stack.redis_moved():
+        eventually(lambda: every_hit_counts(stack.port), BACK_WITHIN_SECONDS)
+    eventually(lambda: every_hit_counts(stack.port), 5)
 
 
 # Each cause is named, and passes
@@ -143,14 +143,13 @@ def test_an_error_that_redis_answers_is_named_and_passes(stack, fault, cause, cu
 
 def test_a_redis_that_is_cut_off_is_named_and_counts_again(stack):
     redis = stack.container("redis")
-    network = f"{stack.project}_backend"
     stack.hits()
-    docker("network", "disconnect", network, redis.name)
+    docker("network", "disconnect", stack.network, redis.name)
     try:
         error = eventually(lambda: stack.get().json["redis_error"], 5)
         assert "redis:6379" in error or "Timeout" in error
     finally:
-        docker("network", "connect", "--alias", "redis", network, redis.name)
+        docker("network", "connect", "--alias", "redis", stack.network, redis.name)
     eventually(lambda: ping(redis), 5)
     eventually(lambda: counts(stack.get), BACK_WITHIN_SECONDS)
 
@@ -191,18 +190,10 @@ def test_what_is_no_redis_at_first_is_named_and_counts_once_it_is(image, network
         docker("start", web.name)
         eventually(lambda: cause in web.get().json["redis_error"], 10)
         with Visitors(web.port(), count=16) as visitors:
-            for _ in range(30):
-                began = time.monotonic()
-                assert web.get("/health").status == 200
-                assert time.monotonic() - began < HEALTH_WITHIN_SECONDS
-                time.sleep(0.05)
+            assert max(probe(web.port(), times=30, every=0.05)) < FIRST_WAIT_SECONDS
             if before:
                 other.close()
-            redis = cleanup.enter_context(
-                container("redis:7-alpine", "--network", network, "--network-alias", "redis", wait=False)
-            )
-            docker("start", redis.name)
-            eventually(lambda: ping(redis), 5)
+            cleanup.enter_context(redis_in(network, "--network-alias", "redis"))
             eventually(lambda: counts(web.get), BACK_WITHIN_SECONDS)
         visitors.numbers()
 
@@ -265,21 +256,19 @@ def test_sigterm_under_load_leaves_no_accepted_request_without_an_answer(image, 
     a hit: at most one of each of the eight clients at each of the two workers.
     """
     with (
-        container("redis:7-alpine", "--network", network, "--network-alias", "redis", wait=False) as redis,
+        redis_in(network, "--network-alias", "redis") as redis,
         container(image, "--network", network, "--env", "REDIS_HOST=redis") as web,
     ):
-        docker("start", redis.name)
         eventually(lambda: counts(web.get), 5)
         redis.run("redis-cli", "del", "lab25_hits")
-        address = web.inspect()["NetworkSettings"]["Networks"][network]["IPAddress"]
-        command = ["python", "-c", ASK_UNTIL_REFUSED, address]
+        command = ["python", "-c", ASK_UNTIL_REFUSED, web.address(network)]
         with container(image, "--network", network, wait=False, command=command) as client:
             docker("start", client.name)
             eventually(lambda: "asking" in client.log(), 10)
             time.sleep(2)
             began = time.monotonic()
             docker("stop", web.name)
-            assert time.monotonic() - began < 9
+            assert time.monotonic() - began < STOP_UNDER_LOAD_SECONDS
             assert web.inspect()["State"]["ExitCode"] == 0
             outcomes = json.loads(eventually(lambda: client.log().partition("asking\n")[2], 20))
         counted = int(redis.run("redis-cli", "get", "lab25_hits").stdout)
@@ -293,10 +282,7 @@ def test_sigterm_under_load_leaves_no_accepted_request_without_an_answer(image, 
 @pytest.mark.slow
 def test_several_containers_hand_out_ten_thousand_different_numbers(image, network):
     with contextlib.ExitStack() as cleanup:
-        redis = cleanup.enter_context(
-            container("redis:7-alpine", "--network", network, "--network-alias", "redis", wait=False)
-        )
-        docker("start", redis.name)
+        cleanup.enter_context(redis_in(network, "--network-alias", "redis"))
         options = ["--network", network, "--env", "REDIS_HOST=redis"]
         webs = [cleanup.enter_context(container(image, *options)) for _ in range(3)]
         ports = [web.port() for web in webs]

@@ -10,11 +10,9 @@ import pytest
 
 from clients import Visitors, eventually
 from engine import LESSON, RUN, Stack, docker, kill, local_stack
+from limits import MEMORY_LIMITS_BYTES, PROCESS_LIMITS
 
 pytestmark = pytest.mark.engine
-
-MEMORY_LIMITS_BYTES = {"web": 256 * 2**20, "redis": 128 * 2**20}
-PROCESS_LIMITS = {"web": 128, "redis": 64}
 
 
 @pytest.fixture(params=["web", "redis"])
@@ -72,14 +70,13 @@ def test_publishes_the_web_on_loopback_only(stack):
 
 
 def test_redis_can_be_reached_from_its_own_network_alone(stack, image):
-    network = f"{stack.project}_backend"
-    address = stack.container("redis").inspect()["NetworkSettings"]["Networks"][network]["IPAddress"]
+    address = stack.container("redis").address(stack.network)
     program = f"import socket; socket.create_connection(('{address}', 6379), timeout=2)"
     outcomes = {
         name: docker("run", "--rm", "--network", name, image, "python", "-c", program, check=False).returncode
-        for name in (network, "bridge")
+        for name in (stack.network, "bridge")
     }
-    assert outcomes == {network: 0, "bridge": 1}
+    assert outcomes == {stack.network: 0, "bridge": 1}
 
 
 def test_writes_every_hit_to_the_disk(stack):
