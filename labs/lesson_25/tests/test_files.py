@@ -10,8 +10,6 @@ import yaml
 from engine import LESSON
 
 REPOSITORY = LESSON.parents[1]
-WORKFLOWS = REPOSITORY / ".github" / "workflows"
-NOT_FOR_A_PULL_REQUEST = "github.event_name != 'pull_request'"
 
 
 def read(path):
@@ -28,19 +26,12 @@ def jobs(workflow):
     return workflow["jobs"]
 
 
-@pytest.fixture
-def run_step(tmp_path):
-    """A function that runs a step's script as a runner does and returns its status, its outputs, what it printed."""
-
-    def run(step, **environment):
-        outputs = tmp_path / "outputs"
-        outputs.write_text("")
-        environment |= {"PATH": os.environ["PATH"], "GITHUB_OUTPUT": str(outputs)}
-        command = ["bash", "-eo", "pipefail", "-c", step["run"]]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        return result.returncode, dict(line.split("=", 1) for line in outputs.read_text().splitlines()), result.stdout
-
-    return run
+def run_step(step, **environment):
+    """Run a step's script as a runner does. Return its exit status and what it printed, its outputs included."""
+    environment |= {"PATH": os.environ["PATH"], "GITHUB_OUTPUT": "/dev/stdout"}
+    command = ["bash", "-eo", "pipefail", "-c", step["run"]]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return result.returncode, result.stdout
 
 
 def only(steps, *words):
@@ -80,10 +71,6 @@ def locked(name):
     return dict(re.match(r"([a-z0-9-]+)==(\S+)", entry).groups() for entry in entries)
 
 
-def test_the_runtime_depends_on_four_packages():
-    assert (LESSON / "app" / "requirements.in").read_text().split() == ["flask", "granian", "hiredis", "redis"]
-
-
 def test_the_tests_run_with_the_versions_that_are_shipped():
     app, tests = locked("app"), locked("tests")
     both = app.keys() & tests.keys()
@@ -107,7 +94,7 @@ def test_only_publishing_writes_packages_and_only_attesting_signs(workflow, jobs
 
 
 def test_a_pull_request_builds_and_tests_but_cannot_publish(jobs):
-    started = {name: job for name, job in jobs.items() if job.get("if") != NOT_FOR_A_PULL_REQUEST}
+    started = {name: job for name, job in jobs.items() if job.get("if") != "github.event_name != 'pull_request'"}
     assert {"test", "build"} <= set(started)
     for job in started.values():
         assert not writes(job)
@@ -116,7 +103,7 @@ def test_a_pull_request_builds_and_tests_but_cannot_publish(jobs):
 
 def test_every_action_is_pinned_to_a_commit_with_its_tag_beside_it():
     """The linters see a missing commit, but not a missing tag, by which Dependabot and people know the version."""
-    text = "".join(file.read_text() for file in WORKFLOWS.iterdir())
+    text = "".join(file.read_text() for file in REPOSITORY.glob(".github/workflows/*"))
     for use in re.findall(r"uses: (?!\./)(.*)", text):
         assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use), use
 
@@ -165,16 +152,16 @@ def test_tags_move_only_after_the_published_image_has_run(jobs):
     assert not re.search(r"always\(\)|failure\(\)|continue-on-error", str(jobs))
 
 
-def test_what_is_pushed_is_what_the_registry_file_pulls(jobs, run_step):
+def test_what_is_pushed_is_what_the_registry_file_pulls(jobs):
     """One image name, in lower case, with the number of a release; and the tags, of which `dev` is the file's own."""
     steps = jobs["publish"]["steps"]
     facts = steps[only(steps, "GITHUB_OUTPUT")]
-    owner = {"GITHUB_REPOSITORY_OWNER": "Some-Capitals", "GITHUB_SHA": "0a1b2c3d"}
+    owner = {"GITHUB_REPOSITORY_OWNER": "Some-Capitals", "GITHUB_SHA": "0a1b2c3"}
     for name, branch_tag in {"main": "true", "topic/1": "true", "latest": "false", "1.2": "false"}.items():
-        _, settled, _ = run_step(facts, GITHUB_REF_TYPE="branch", GITHUB_REF_NAME=name, **owner)
-        assert (settled["version"], settled["branch_tag"]) == ("0a1b2c3d", branch_tag)
-    _, settled, _ = run_step(facts, GITHUB_REF_TYPE="tag", GITHUB_REF_NAME="v1.2.3", **owner)
-    assert (settled["version"], settled["image"]) == ("1.2.3", "ghcr.io/some-capitals/lab25-web")
+        _, settled = run_step(facts, GITHUB_REF_TYPE="branch", GITHUB_REF_NAME=name, **owner)
+        assert {"version=0a1b2c3", f"branch_tag={branch_tag}"} < set(settled.splitlines())
+    _, settled = run_step(facts, GITHUB_REF_TYPE="tag", GITHUB_REF_NAME="v1.2.3", **owner)
+    assert {"version=1.2.3", "image=ghcr.io/some-capitals/lab25-web"} < set(settled.splitlines())
     pulled = read("labs/lesson_25/compose/docker-compose.registry.yml")["services"]["web"]["image"]
     assert pulled.endswith("/lab25-web:${IMAGE_TAG:-dev}")
     naming = steps[only(steps, "metadata-action")]["with"]
@@ -184,14 +171,13 @@ def test_what_is_pushed_is_what_the_registry_file_pulls(jobs, run_step):
     assert rules["type=raw,value=latest"] == rules["type=raw,value=dev"] == "{{is_default_branch}}"
 
 
-def test_platforms_that_cannot_be_published_are_refused_first(jobs, run_step):
+def test_platforms_that_cannot_be_published_are_refused_first(jobs):
     check = jobs["test"]["steps"][0]
-    assert run_step(check, PLATFORMS="linux/amd64,linux/arm64")[0] == 0
+    assert run_step(check, PLATFORMS="linux/amd64,linux/arm64") == (0, "")
     for platforms, cause in {"linux/amd64,linux/arm/v7": "wheels for", "linux/arm64": "linux/amd64 too"}.items():
-        status, _, printed = run_step(check, PLATFORMS=platforms)
+        status, printed = run_step(check, PLATFORMS=platforms)
         assert status != 0
-        assert f"PLATFORMS is '{platforms}': " in printed
-        assert cause in printed
+        assert re.search(f"PLATFORMS is '{platforms}': .*{cause}", printed)
 
 
 # Dependabot
