@@ -1,5 +1,6 @@
-"""What the files promise to each other: two Compose files, two lists of packages, one workflow, one Dependabot file."""
+"""What the files promise to each other: the Compose files, the lists of packages, the workflows, Dependabot."""
 
+import os
 import re
 import subprocess
 
@@ -9,7 +10,6 @@ import yaml
 from engine import LESSON
 
 REPOSITORY = LESSON.parents[1]
-WORKFLOW_FILE = ".github/workflows/docker-image-lab25.yml"
 
 
 def read(path):
@@ -18,22 +18,24 @@ def read(path):
 
 @pytest.fixture
 def workflow():
-    content = read(WORKFLOW_FILE)
-    content["on"] = content.pop(True)  # YAML 1.1 reads the key `on` as true
-    return content
+    return read(".github/workflows/docker-image-lab25.yml")
 
 
 @pytest.fixture
-def publish_steps(workflow):
-    return workflow["jobs"]["publish"]["steps"]
+def jobs(workflow):
+    return workflow["jobs"]
 
 
-def steps_of(workflow):
-    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+def run_step(step, **environment):
+    """Run a step's script as a runner does. Return its exit status and what it printed, its outputs included."""
+    environment |= {"PATH": os.environ["PATH"], "GITHUB_OUTPUT": "/dev/stdout"}
+    command = ["bash", "-eo", "pipefail", "-c", step["run"]]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return result.returncode, result.stdout
 
 
-def place_of(steps, words):
-    """Return which of the steps mentions all these words; fail unless one does."""
+def only(steps, *words):
+    """Return the place of the one step that mentions all these words; fail unless there is exactly one."""
     (place,) = [place for place, step in enumerate(steps) if all(word in str(step) for word in words)]
     return place
 
@@ -69,10 +71,6 @@ def locked(name):
     return dict(re.match(r"([a-z0-9-]+)==(\S+)", entry).groups() for entry in entries)
 
 
-def test_the_runtime_depends_on_four_packages():
-    assert (LESSON / "app" / "requirements.in").read_text().split() == ["flask", "granian", "hiredis", "redis"]
-
-
 def test_the_tests_run_with_the_versions_that_are_shipped():
     app, tests = locked("app"), locked("tests")
     both = app.keys() & tests.keys()
@@ -80,130 +78,114 @@ def test_the_tests_run_with_the_versions_that_are_shipped():
     assert {name: app[name] for name in both} == {name: tests[name] for name in both}
 
 
-def test_nothing_is_added_to_the_top_level():
-    files = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert {file.partition("/")[0] for file in files.splitlines()} == {
-        *(".ci", ".github", ".gitignore", "README.md", "labs", "lesson_25.md", "pytest.ini")
-    }
+# The workflow: what protects those who use it
 
 
-# The workflow: safety
+def writes(job):
+    return {scope for scope, access in job["permissions"].items() if access != "read"}
 
 
-def test_the_workflow_starts_for_the_lesson_by_hand_and_weekly(workflow):
-    paths = {"labs/lesson_25/**", "lesson_25.md", "README.md", "pytest.ini", WORKFLOW_FILE}
-    assert set(workflow["on"]) == {"push", "pull_request", "workflow_dispatch", "schedule"}
-    assert workflow["on"]["push"] == {"branches": ["main"], "paths": workflow["on"]["pull_request"]["paths"]}
-    assert set(workflow["on"]["pull_request"]["paths"]) == paths
-    (schedule,) = workflow["on"]["schedule"]
-    assert re.fullmatch(r"\d+ \d+ \* \* \d", schedule["cron"])
-
-
-def test_only_publishing_may_write_and_only_packages(workflow):
+def test_only_publishing_writes_packages_and_only_attesting_signs(workflow, jobs):
     assert workflow["permissions"] == {}
-    permissions = {name: job["permissions"] for name, job in workflow["jobs"].items()}
-    assert permissions.pop("publish") == {"contents": "read", "packages": "write"}
-    assert all(permission == {"contents": "read"} for permission in permissions.values())
-
-
-def test_a_pull_request_builds_and_tests_but_cannot_publish(workflow):
-    jobs = workflow["jobs"]
-    assert jobs["publish"]["if"] == "github.event_name != 'pull_request'"
-    assert "if" not in jobs["test"]
-    for name in ("test", "build"):
-        assert not re.search(r"secrets\.|login-action|push: *true|'push': True|packages", str(jobs[name]))
-
-
-def test_every_action_is_pinned_and_no_checkout_keeps_a_credential(workflow):
-    text = (REPOSITORY / WORKFLOW_FILE).read_text()
-    uses = re.findall(r"uses: (.*)", text)
-    assert uses
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use) for use in uses)
-    assert len({use.split("@")[0] for use in uses}) == len(set(uses)), "one version of each action"
-    checkouts = [step for step in steps_of(workflow) if step.get("uses", "").startswith("actions/checkout")]
-    assert len(checkouts) == len(workflow["jobs"])
-    assert all(step["with"] == {"persist-credentials": False} for step in checkouts)
-
-
-def test_no_script_takes_in_an_expression_and_every_job_ends(workflow):
-    assert not [step for step in steps_of(workflow) if "${{" in step.get("run", "")]
-    assert all(job["timeout-minutes"] <= 60 for job in workflow["jobs"].values())
-
-
-def test_runs_of_a_branch_wait_for_each_other_and_those_of_a_pull_request_do_not(workflow):
-    assert workflow["concurrency"] == {
-        "group": "${{ github.workflow }}-${{ github.ref }}",
-        "cancel-in-progress": "${{ github.event_name == 'pull_request' }}",
+    assert {name: writes(job) for name, job in jobs.items() if writes(job)} == {
+        "publish": {"packages"},
+        "attest": {"id-token", "attestations"},
     }
+
+
+def test_a_pull_request_builds_and_tests_but_cannot_publish(jobs):
+    started = {name: job for name, job in jobs.items() if job.get("if") != "github.event_name != 'pull_request'"}
+    assert {"test", "build"} <= set(started)
+    for job in started.values():
+        assert not writes(job)
+        assert not re.search(r"secrets\.|github\.token|login-action|'push': True", str(job))
+
+
+def test_every_action_is_pinned_to_a_commit_with_its_tag_beside_it():
+    """The linters see a missing commit, but not a missing tag, by which Dependabot and people know the version."""
+    text = "".join(file.read_text() for file in REPOSITORY.glob(".github/workflows/*"))
+    for use in re.findall(r"uses: (?!\./)(.*)", text):
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use), use
+
+
+def test_no_checkout_keeps_a_credential_and_no_script_takes_in_an_expression(jobs):
+    for step in [step for job in jobs.values() for step in job["steps"]]:
+        assert "checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False
+        assert "${{" not in step.get("run", "")
+
+
+def test_a_change_of_whatever_is_tested_starts_the_workflow(workflow):
+    tested = {"labs/lesson_25/**", "lesson_25.md", "README.md", "pytest.ini", ".github/**", ".ci/**"}
+    events = workflow[True]  # YAML 1.1 reads the key `on` as true
+    assert tested <= set(events["push"]["paths"])
+    assert tested <= set(events["pull_request"]["paths"])
+
+
+def test_a_schedule_switches_off_the_weekly_run_alone_which_may_do_what_it_calls(workflow, jobs):
+    """GitHub switches off a whole workflow with a schedule in it, and refuses a call that grants too little."""
+    weekly = read(".github/workflows/weekly-lab25.yml")
+    assert "schedule" in weekly[True].keys() - workflow[True].keys()
+    (call,) = weekly["jobs"].values()
+    for job in jobs.values():
+        for scope, access in job["permissions"].items():
+            assert call["permissions"].get(scope) in {access, "write"}, scope
 
 
 # The workflow: what it publishes, and when
 
 
-def test_every_test_runs_before_anything_is_published(workflow):
-    assert workflow["jobs"]["publish"]["needs"] == "test"
-    (run,) = [step for step in workflow["jobs"]["test"]["steps"] if "pytest" in step.get("run", "")[:6]]
-    assert run == {
-        "name": run["name"],
-        "run": 'pytest -m "slow or not slow"',
-        "env": {"LAB25_ENGINE": "required"},
-    }
+def test_tags_move_only_after_the_published_image_has_run(jobs):
+    """Before the first push, every linter and test; before a name that anyone deploys by, the image itself."""
+    assert (jobs["publish"]["needs"], jobs["attest"]["needs"]) == ("test", "publish")
+    checks = jobs["test"]["steps"]
+    only(checks, ".ci/lint")
+    assert checks[only(checks, "'pytest ")]["env"] == {"LAB25_ENGINE": "required"}
+    steps = jobs["publish"]["steps"]
+    pushed = only(steps, "build-push-action")
+    deployed = only(steps, "docker-compose.registry.yml", "compose up", "/health", ".version ==", ".build_date ==")
+    loaded = only(steps, "docker run", "--platform", "import app")
+    named = only(steps, "imagetools create")
+    assert pushed < deployed < loaded < named
+    assert steps[pushed]["with"]["tags"].endswith("}}:run-${{ github.run_id }}")
+    for place, name in ((deployed, "IMAGE_TAG"), (named, "DIGEST")):
+        assert steps[place]["env"][name].endswith("${{ steps.build.outputs.digest }}")
+    assert not re.search(r"always\(\)|failure\(\)|continue-on-error", str(jobs))
 
 
-def test_tags_move_only_after_the_published_image_has_run(publish_steps):
-    pushed = place_of(publish_steps, ["build-push-action"])
-    deployed = place_of(publish_steps, ["docker-compose.registry.yml", "compose up", "env.GITHUB_SHA", "BUILD_DATE"])
-    loaded = place_of(publish_steps, ["docker run", "--platform", "import app"])
-    moved = place_of(publish_steps, ["imagetools create"])
-    assert pushed < deployed < loaded < moved
-    assert publish_steps[pushed]["with"]["tags"] == "${{ steps.commit.outputs.tags }}"
-    assert "steps.build.outputs.digest" in publish_steps[deployed]["env"]["IMAGE_TAG"]
-    assert "steps.build.outputs.digest" in publish_steps[moved]["env"]["PUBLISHED"]
-    assert not [step for step in publish_steps if "always()" in str(step) or "continue-on-error" in step]
+def test_what_is_pushed_is_what_the_registry_file_pulls(jobs):
+    """One image name, in lower case, with the number of a release; and the tags, of which `dev` is the file's own."""
+    steps = jobs["publish"]["steps"]
+    facts = steps[only(steps, "GITHUB_OUTPUT")]
+    owner = {"GITHUB_REPOSITORY_OWNER": "Some-Capitals", "GITHUB_SHA": "0a1b2c3"}
+    for name, branch_tag in {"main": "true", "topic/1": "true", "latest": "false", "1.2": "false"}.items():
+        _, settled = run_step(facts, GITHUB_REF_TYPE="branch", GITHUB_REF_NAME=name, **owner)
+        assert {"version=0a1b2c3", f"branch_tag={branch_tag}"} < set(settled.splitlines())
+    _, settled = run_step(facts, GITHUB_REF_TYPE="tag", GITHUB_REF_NAME="v1.2.3", **owner)
+    assert {"version=1.2.3", "image=ghcr.io/some-capitals/lab25-web"} < set(settled.splitlines())
+    pulled = read("labs/lesson_25/compose/docker-compose.registry.yml")["services"]["web"]["image"]
+    assert pulled.endswith("/lab25-web:${IMAGE_TAG:-dev}")
+    naming = steps[only(steps, "metadata-action")]["with"]
+    assert naming["flavor"] == "latest=false", "a release would move latest"
+    rules = dict(rule.partition(",enable=")[::2] for rule in naming["tags"].splitlines())
+    assert {"type=sha", "type=ref,event=branch", "type=semver,pattern={{version}}"} < set(rules)
+    assert rules["type=raw,value=latest"] == rules["type=raw,value=dev"] == "{{is_default_branch}}"
 
 
-def test_what_is_pushed_is_what_the_registry_file_pulls(publish_steps):
-    """One image name, and tags that the workflow does make."""
-    names = {step["with"]["images"] for step in publish_steps if "metadata-action" in step.get("uses", "")}
-    assert names == {"ghcr.io/${{ github.repository_owner }}/lab25-web"}
-    assert publish_steps[place_of(publish_steps, ["type=sha"])]["with"]["tags"] == "type=sha"
-    moving = publish_steps[place_of(publish_steps, ["type=ref"])]["with"]["tags"].splitlines()
-    assert [line.split(",enable=")[0] for line in moving] == [
-        "type=ref,event=branch",
-        "type=raw,value=latest",
-        "type=raw,value=dev",
-    ]
-    assert [line.split(",enable=")[1] for line in moving[1:]] == ["{{is_default_branch}}"] * 2
-
-
-def test_builds_for_all_platforms_with_a_version_a_date_and_attestations(workflow, publish_steps):
-    inputs = publish_steps[place_of(publish_steps, ["build-push-action"])]["with"]
-    assert inputs["platforms"] == "${{ vars.PLATFORMS || 'linux/amd64,linux/arm64' }}"
-    (pull_request,) = [step for step in workflow["jobs"]["build"]["steps"] if "build-push" in step.get("uses", "")]
-    assert pull_request["with"]["platforms"] == inputs["platforms"]
-    assert inputs["build-args"].split() == [
-        *("BUILD_VERSION=${{", "github.sha", "}}"),
-        *("BUILD_DATE=${{", "steps.date.outputs.now", "}}"),
-    ]
-    assert {line.split("=")[0] for line in inputs["labels"].splitlines()} == {
-        "org.opencontainers.image.revision",
-        "org.opencontainers.image.source",
-    }
-    assert (inputs["provenance"], inputs["sbom"], inputs["push"]) == ("mode=max", True, True)
-    assert (inputs["cache-from"], inputs["cache-to"]) == ("type=gha", "type=gha,mode=max")
+def test_platforms_that_cannot_be_published_are_refused_first(jobs):
+    check = jobs["test"]["steps"][0]
+    assert run_step(check, PLATFORMS="linux/amd64,linux/arm64") == (0, "")
+    for platforms, cause in {"linux/amd64,linux/arm/v7": "wheels for", "linux/arm64": "linux/amd64 too"}.items():
+        status, printed = run_step(check, PLATFORMS=platforms)
+        assert status != 0
+        assert re.search(f"PLATFORMS is '{platforms}': .*{cause}", printed)
 
 
 # Dependabot
 
 
-def test_dependabot_watches_images_actions_and_packages_within_the_lessons_versions():
-    updates = {update["package-ecosystem"]: update for update in read(".github/dependabot.yml")["updates"]}
-    assert set(updates) == {"docker", "docker-compose", "github-actions", "uv"}
-    assert updates["docker"]["directory"] == "/labs/lesson_25/app"
-    assert updates["docker-compose"]["directory"] == "/labs/lesson_25/compose"
-    assert set(updates["uv"]["directories"]) == {"/labs/lesson_25/app", "/labs/lesson_25/tests"}
-    (python,) = updates["docker"]["ignore"]
-    (redis,) = updates["docker-compose"]["ignore"]
-    assert (python["dependency-name"], redis["dependency-name"]) == ("python", "redis")
-    assert set(python["update-types"]) == {"version-update:semver-major", "version-update:semver-minor"}
-    assert set(redis["update-types"]) == {"version-update:semver-major"}
+def test_dependabot_watches_the_actions_and_every_list_of_packages():
+    updates = read(".github/dependabot.yml")["updates"]
+    lists = [*REPOSITORY.glob("labs/**/requirements.in"), *REPOSITORY.glob(".ci/requirements.in")]
+    watched = [set(update.get("directories", [update.get("directory")])) for update in updates]
+    assert set.union(*watched) == {"/", *(f"/{file.parent.relative_to(REPOSITORY)}" for file in lists)}
+    assert {"/labs/lesson_25/app", "/labs/lesson_25/tests"} in watched, "the tests run with the app's versions"
