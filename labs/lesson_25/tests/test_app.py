@@ -4,12 +4,13 @@ import logging
 import socket
 import threading
 import time
+from typing import ClassVar
 
 import fakeredis
 import pytest
 import redis
 
-from limits import AT_ONCE_SECONDS, BACK_WITHIN_SECONDS
+from limits import BACK_WITHIN_SECONDS
 
 
 def hit(client):
@@ -20,18 +21,14 @@ def hit(client):
 
 
 class Frozen(fakeredis.FakeRedis):
-    """A Redis that lets everybody wait, and never answers."""
+    """A Redis that never answers; `waited` has what requests asked it."""
 
-    def execute_command(self, *_, **__):
-        time.sleep(0.3)
+    waited: ClassVar[list] = []
+
+    def execute_command(self, *arguments, **_):
+        if threading.current_thread() is threading.main_thread():
+            self.waited.append(arguments)
         raise redis.TimeoutError("Timeout reading from socket")
-
-
-def seconds_of(function, *arguments):
-    """Return the seconds that a call takes."""
-    began = time.monotonic()
-    function(*arguments)
-    return time.monotonic() - began
 
 
 def counts_within(client, seconds=BACK_WITHIN_SECONDS):
@@ -93,14 +90,6 @@ def test_counts_once_per_request(client, redis_server):
     assert fakeredis.FakeRedis(server=redis_server).get("lab25_hits") == b"3"
 
 
-def test_health_head_and_options_count_nothing(client, redis_server):
-    client.get("/health")
-    client.head("/")
-    client.head("/health")
-    client.options("/")
-    assert hit(client) == (1, None)
-
-
 def test_many_threads_get_different_numbers(app, redis_server):
     numbers = []
 
@@ -158,12 +147,6 @@ def test_calls_redis_with_host_port_and_db_by_keyword(app, client, monkeypatch):
     assert calls == [((), "redis.example", 6379, 0), ((), "redis.example", 6380, 3)]
 
 
-def test_fakeredis_can_stand_in_for_the_class(app, client, monkeypatch):
-    monkeypatch.setattr(app.redis, "Redis", fakeredis.FakeRedis)
-    monkeypatch.setenv("REDIS_HOST", "redis.example")
-    assert hit(client)[0] is not None
-
-
 def test_follows_a_replaced_class_at_once_though_a_client_of_another_is_there(app, client, monkeypatch, unused_port):
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
     monkeypatch.setenv("REDIS_PORT", str(unused_port))
@@ -188,16 +171,10 @@ def test_serves_without_the_redis_package_and_says_so_where_redis_is_configured(
 
 
 def test_a_function_that_makes_a_client_for_each_call_waits_once_in_an_outage(app, client, monkeypatch):
+    monkeypatch.setattr(Frozen, "waited", [])
     monkeypatch.setattr(app, "get_redis_client", lambda: Frozen())
-    waits = [seconds_of(hit, client) for _ in range(20)]
-    assert len([wait for wait in waits if wait > AT_ONCE_SECONDS]) == 1
-
-
-def test_a_client_is_made_without_a_connection(app, monkeypatch):
-    monkeypatch.setenv("REDIS_HOST", "192.0.2.1")
-    started = time.monotonic()
-    assert app.get_redis_client() is app.get_redis_client() is not None
-    assert time.monotonic() - started < 0.5
+    assert {hit(client) for _ in range(20)} == {(None, "Timeout reading from socket")}
+    assert len(Frozen.waited) == 1
 
 
 def test_a_new_client_is_asked_at_once_after_another_failed(app, client, redis_server, monkeypatch):
@@ -214,29 +191,30 @@ def test_a_bad_setting_without_the_check_at_the_start_is_no_crash(client, monkey
     assert number is None and "REDIS_PORT is 'http'" in error
 
 
-def test_a_new_connection_begins_with_the_hit(app, client, monkeypatch):
+# A Redis that is away, or wrong
+
+
+def test_a_hit_is_the_first_word_to_redis_and_is_not_sent_again(app, client, monkeypatch):
     """No handshake: each of its steps could wait for a frozen Redis once more."""
-    monkeypatch.setattr(app, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(app, "WAIT_SECONDS", 0.2)
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("REDIS_PORT", str(silent.getsockname()[1]))
         assert hit(client)[0] is None
-        with silent.accept()[0] as connection:
-            assert connection.recv(4096).splitlines()[2].startswith(b"INCR")
-
-
-# A Redis that is away, or wrong
+        said = []
+        for _ in range(3):
+            with silent.accept()[0] as connection:
+                said.append(connection.recv(4096).splitlines()[2])
+    assert said == [b"INCRBY", b"PING", b"PING"]
 
 
 def test_says_why_where_redis_refuses_the_first_contact(client, monkeypatch, unused_port):
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
     monkeypatch.setenv("REDIS_PORT", str(unused_port))
-    started = time.monotonic()
     number, error = hit(client)
     assert number is None and "refused" in error.lower()
     answer = client.get("/health")
     assert (answer.status_code, answer.json["redis_ok"]) == (200, False)
-    assert time.monotonic() - started < 0.5
 
 
 def test_says_why_while_redis_is_away_and_counts_again_after(client, redis_server, caplog):
@@ -265,36 +243,17 @@ def test_health_alone_notices_that_redis_is_back(client, redis_server, caplog):
     assert len(caplog.records) == 2
 
 
-def test_a_failed_count_is_not_sent_again(app, client, monkeypatch):
-    class Lossy(fakeredis.FakeRedis):
-        sent = 0
-
-        def incr(self, *args):
-            self.sent += 1
-            super().incr(*args)
-            raise redis.TimeoutError("Timeout reading from socket")
-
-    lossy = Lossy()
-    monkeypatch.setattr(app, "_redis_client", lossy)
-    assert hit(client) == (None, "Timeout reading from socket")
-    assert lossy.sent == 1
-
-
-def test_the_real_client_does_not_retry(app, monkeypatch):
-    monkeypatch.setenv("REDIS_HOST", "192.0.2.1")
-    options = app.get_redis_client().connection_pool.connection_kwargs
-    assert options["retry"].get_retries() == 0
-    assert (options["socket_timeout"], options["socket_connect_timeout"]) == (1, 1)
-
-
 @pytest.mark.parametrize("path", ["/", "/health"])
 def test_one_request_waits_for_a_frozen_redis_and_all_after_it_are_answered_at_once(app, client, monkeypatch, path):
+    monkeypatch.setattr(Frozen, "waited", [])
     monkeypatch.setattr(app, "_redis_client", Frozen())
-    waits = [seconds_of(client.get, path) for _ in range(2)]
+    monkeypatch.setattr(app, "PAUSE_SECONDS", 0.01)
+    client.get(path)
     for _ in range(20):  # through some pings of the outage
-        waits += [seconds_of(client.get, "/health"), seconds_of(client.get, "/")]
-        time.sleep(0.05)
-    assert waits[0] > 0.3 and max(waits[1:]) < AT_ONCE_SECONDS
+        assert client.get("/health").json["redis_ok"] is False
+        assert hit(client) == (None, "Timeout reading from socket")
+        time.sleep(0.01)
+    assert len(Frozen.waited) == 1
 
 
 def test_no_request_waits_for_a_log_that_is_blocked(app, client, redis_server, monkeypatch):
@@ -311,7 +270,7 @@ def test_no_request_waits_for_a_log_that_is_blocked(app, client, redis_server, m
     try:
         teller.start()
         assert blocked.wait(5)
-        assert seconds_of(client.get, "/health") < AT_ONCE_SECONDS
+        assert client.get("/health").status_code == 200
         redis_server.connected = True
         assert counts_within(client) == 1
     finally:
@@ -540,11 +499,12 @@ def test_a_wrong_method_is_405_and_says_what_is_allowed(client, redis_server, pa
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
-def test_head_and_options_have_no_body(client, redis_server, path):
+def test_head_and_options_have_no_body_and_count_nothing(client, redis_server, path):
     head = client.head(path)
     assert (head.status_code, head.data, head.content_type) == (200, b"", "application/json")
     options = client.options(path)
     assert (options.status_code, options.data) == (200, b"")
+    assert hit(client) == (1, None)
     assert set(options.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
 
 
