@@ -25,8 +25,9 @@ except ImportError:  # without the package the app serves, and the counter is of
     redis, ResponseError = None, ()
 
 # --- Where Redis is
-NAME = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
-URL = rf"rediss?://([^@/?#]*@)?({NAME}|\[[\w:.%]+\])(:[1-9]\d*)?(/\d*)?(\?[^#]*)?|unix://([^@/?#]*@)?/[^?#]+(\?[^#]*)?"
+HOST_NAME = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
+OPTIONS = r"(\?((db|username|password|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname))=[^&#]*&?)*)?"
+URL = rf"(rediss?://([^@/?#]*@)?({HOST_NAME}|\[[\w:.%]+\])(:[1-9]\d*)?(/\d*)?|unix://([^@/?#]*@)?/[^?#]+){OPTIONS}"
 
 
 def setting(name, default=None):
@@ -62,65 +63,64 @@ def redis_address():
         if setting(one) and setting(other):
             raise ValueError(f"{one} and {other} are both set: unset one of them")
     host, url, password = setting("REDIS_HOST"), setting("REDIS_URL"), redis_password()
-    # A password may stand before an @ or after a ?, also in a URL that is wrong or in the wrong variable.
-    shown = re.sub(r"(?s)\?.*", "?***", re.sub(r"(?s)^(\w+://)?.*@", r"\1***@", url or host or ""))
+    shown = re.sub("(?s).*(@|[?]|//:).*", "***", url or host or "")  # there may be a password in it
     if url:
         try:
             address = {"host": "localhost", "port": 6379, "db": 0, **parse_url(re.fullmatch(URL, url)[0])}
-        except (TypeError, ValueError):
-            shape = "redis://USER:PASSWORD@HOST:6379/0 (a / in it is %2F), rediss://… or unix:///PATH"
+        except (TypeError, ValueError):  # no match, or a port or an option that redis-py does not take
+            shape = "redis://USER:PASSWORD@HOST:6379/0, rediss://… or unix:///PATH, with %2F for a / in the password"
             raise ValueError(f"REDIS_URL is {shown!r}: it must look like {shape}") from None
         if password and "password" in address:
             raise ValueError(f"REDIS_URL is {shown!r}, with a password, and there is another one: unset one of them")
         path, _ = address.pop("path", None), address.pop("connection_class", None)
         return {"password": password, "ssl": url.startswith("rediss:"), "unix_socket_path": path, **address}
     port, db = number("REDIS_PORT", 6379, 1, 65535), number("REDIS_DB", 0, 0, 2**31 - 1)  # a C int in Redis
-    if host and not re.fullmatch(rf"{NAME}|(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", host):
-        raise ValueError(f"REDIS_HOST is {shown!r}: it must be a host name or an IP address; a URL goes in REDIS_URL")
+    if host and not re.fullmatch(rf"{HOST_NAME}|(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", host):
+        raise ValueError(f"REDIS_HOST is {shown!r}: it must be a host name or an IP address; for more, use REDIS_URL")
     return {"host": host, "port": port, "db": db, "password": password} if host else None
 
 
 # --- Redis
 WAIT_SECONDS = 1  # for a connection, then for an answer
-PAUSE_SECONDS = 0.5  # between two pings in an outage; with a wait below the two seconds in which counting resumes
-QUIET_SECONDS = 3  # between two lines that say "back": a Redis that fails in turns must not fill the log
+PAUSE_SECONDS = 0.5  # between two pings in an outage: a pause and a wait are less than the two seconds promised
+QUIET_SECONDS = 3  # between two lines that say "back": a Redis that now fails and now answers must not fill the log
 
 _redis_client = None
-_made = None, None, None  # the client that was made here, the redis.Redis that made it, and its password
-_watch = None
+_made_client, _made_by, _password = None, None, None  # what was made here, by which redis.Redis, with what password
+_watch = None  # the Watch of the client in use
 
 
 def get_redis_client():
     """Return this process's Redis client, not yet connected; None where the counter is off. Raises ValueError."""
-    global _redis_client, _made
+    global _redis_client, _made_client, _made_by, _password
     factory = redis and redis.Redis
-    if _redis_client is None or (_redis_client is _made[0] and factory is not _made[1]):
+    if _redis_client is None or (_redis_client is _made_client and factory is not _made_by):  # a test replaced it
         address = redis_address() if factory and (setting("REDIS_HOST") or setting("REDIS_URL")) else None
         client = address and factory(
             **address,
             socket_connect_timeout=WAIT_SECONDS,
             socket_timeout=WAIT_SECONDS,
             retry=Retry(NoBackoff(), 0),  # an INCR without an answer may have counted: never send it twice
-            retry_on_error=[ReadOnlyError],  # with no retry: closes that connection, since Redis may have moved
-            protocol=2,  # with driver_info=None: no handshake, whose every step could wait once more
+            retry_on_error=[ReadOnlyError],  # before it would retry, redis-py reconnects: Redis may have moved
+            protocol=2,  # with driver_info=None: neither HELLO nor CLIENT SETINFO, which could wait as well
             driver_info=None,
         )
-        _redis_client, _made = client, (client, factory, address and address["password"])
+        _redis_client, _made_client, _made_by, _password = client, client, factory, address and address["password"]
     return _redis_client
 
 
 class Watch:
-    """What is known of Redis, for as long as no test replaces the `seams` get_redis_client and _redis_client.
+    """A circuit breaker: a Redis that gives no answer costs whoever asks a wait, so others need not ask.
 
-    A Redis that gives no answer costs whoever asks a wait. So the first to meet that begins an outage: from then on
-    a thread asks, and all others are told the reason at once. An error that Redis itself answers costs no wait.
+    The first to meet that begins an outage: from then on a thread asks, and all others are told the reason at once.
+    A ResponseError is an answer and costs no wait. No lock is taken: the worst of a race is a line told twice.
     """
 
     def __init__(self, seams):
-        self.seams = seams
+        self.seams = seams  # get_redis_client and _redis_client: a test may replace them, and wants a new Watch then
         self.outage = None  # the reason, for as long as it lasts
-        self.asked_at = self.quiet_until = 0.0  # in seconds of time.monotonic()
-        self.told = {}  # the kinds of failure in the log since hits were last counted, and which command met each
+        self.news_asked_at = self.quiet_until = 0.0  # in seconds of time.monotonic()
+        self.told = {}  # the kinds of failure that the log has told and not taken back; the last command to meet each
         threading.Thread(target=self.end_outages, daemon=True).start()
 
     def ask(self, client, command, *arguments):
@@ -132,11 +132,11 @@ class Watch:
                 raise TypeError(f"{command.upper()} was answered with {answer!r}: is that a Redis?")
         except Exception as error:  # what is no Redis makes the client raise more than RedisError
             answer, answered, text = None, isinstance(error, ResponseError), str(error)
-            reason = f"{type(error).__name__}: {text}" if answered or not text else text  # only the name says MOVED
-            reason = reason.replace(_made[2] or "***", "***")  # some servers repeat an AUTH that they do not know
-            kind = type(error), text.split(" ")[0] if answered else None
-        if (reason or self.told) and asked_at >= self.asked_at:  # else a later question has told more
-            self.asked_at, self.outage = asked_at, None if answered else reason
+            reason = f"{type(error).__name__}: {text}" if answered or not text else text  # MOVED has only its name
+            reason = reason.replace(_password or "***", "***")  # some servers repeat an AUTH that they do not know
+            kind = (type(error), text.split(" ")[0] if answered else None)
+        if (reason or self.told) and asked_at >= self.news_asked_at:  # of two answers that to the later question counts
+            self.news_asked_at, self.outage = asked_at, None if answered else reason
             self.tell(command, reason, kind)
         return answer, reason
 
@@ -144,11 +144,11 @@ class Watch:
         """Tell the log what is new."""
         if reason:
             new = kind not in self.told
-            self.told[kind] = command
+            self.told[kind] = command  # a failure that a ping has met too, a ping may take back
             if new:
                 app.logger.warning("Redis failed, hits are not counted: %s", reason)
-        elif self.asked_at > self.quiet_until and (command == "incr" or "incr" not in self.told.values()):
-            self.told, self.quiet_until = {}, self.asked_at + QUIET_SECONDS
+        elif self.news_asked_at > self.quiet_until and (command == "incr" or "incr" not in self.told.values()):
+            self.told, self.quiet_until = {}, self.news_asked_at + QUIET_SECONDS
             app.logger.warning("Redis is back, hits are counted again")
 
     def end_outages(self):
@@ -158,8 +158,9 @@ class Watch:
                 with contextlib.suppress(BaseException):  # whatever a client raises, this goes on
                     client = get_redis_client()
                     self.ask(client, "ping")
-                    client.connection_pool.disconnect(inuse_connections=False)  # to where Redis may no longer be
+                    client.connection_pool.disconnect(inuse_connections=False)  # idle ones may lead to where it was
             time.sleep(PAUSE_SECONDS)
+        self.seams = None
 
 
 def ask_redis(command, *arguments):
@@ -173,7 +174,7 @@ def ask_redis(command, *arguments):
         return None, str(error)
     if client is None:
         missing = not redis and (setting("REDIS_HOST") or setting("REDIS_URL"))
-        return None, "the Python package redis is missing" if missing else None
+        return None, "the Python package redis is not installed" if missing else None
     reason = _watch.outage
     return (None, reason) if reason else _watch.ask(client, command, *arguments)
 

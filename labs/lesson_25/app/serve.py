@@ -63,8 +63,6 @@ def main():
         app.get_redis_client()
     except ValueError as error:
         sys.exit(str(error))
-    except TypeError as error:
-        sys.exit(f"REDIS_URL has something behind its ? that cannot be used: {error}")
     try:  # the server shares a port that is taken, and takes no host names
         family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if ":" in host else {}
         with socket.create_server((host, port), **family) as free:
