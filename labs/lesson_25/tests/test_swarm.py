@@ -11,10 +11,11 @@ import time
 import pytest
 
 from clients import FAILURES, Visitors, ask, eventually
-from engine import LESSON, RUN, build, container, docker
+from engine import LESSON, REDIS, RUN, build, container, docker
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
+NETWORK = f"{RUN}-swarm"
 PASSWORD = f" {string.punctuation} é$HOME "
 BROKEN = {"bad-port": "ENV PORT=99999", "never-healthy": 'CMD ["sleep", "600"]'}  # the first ends at once
 NEEDS = {  # what the file needs of the kernel: the lines, and what stands in their place where the kernel has it not
@@ -22,18 +23,16 @@ NEEDS = {  # what the file needs of the kernel: the lines, and what stands in th
     "ESP": ('    driver_opts:\n      encrypted: "true"\n', ""),
 }
 # Asks the kernel by netlink for IPVS and for an association with ESP, which loads their modules; prints what it lacks.
-KERNEL = """
-import socket, struct
+KERNEL = """import socket, struct
 def lacks(protocol, message):
     kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
     kernel.send(struct.pack("=IHHII", 16 + len(message), 16, 5, 0, 0) + message)
     kind, error = struct.unpack_from("=H10xi", kernel.recv(4096), 4)
     return kind == 2 and error != 0
-here = socket.inet_aton("127.0.0.1") + bytes(12)
-addresses = bytes(56) + here + struct.pack(">IB3x", 256, 50) + here
-cipher = struct.pack("=HBBB7xHH64sI16x", 2, 0, 0, 0, 88, 2, b"cbc(aes)", 128)
+layout, here, all_bits = "=56x16s2xBxB3x16s32s84xHBBB7xHH64sI16x", bytes([127, 0, 0, 1]), b"\\xff" * 32
+association = struct.pack(layout, here, 1, 50, here, all_bits, 2, 0, 0, 0, 88, 2, b"cbc(aes)", 128)
 print("IPVS" * lacks(16, struct.pack("=BBHHH8s", 3, 1, 0, 9, 2, b"IPVS")))
-print("ESP" * lacks(6, addresses + b"\\xff" * 32 + bytes(84) + cipher))
+print("ESP" * lacks(6, association))
 """
 
 
@@ -77,14 +76,13 @@ class Swarm:
     def __init__(self, nodes, lacks):
         self.nodes, self.lacks = nodes, lacks
         self.manager, self.redis_node, self.worker = nodes
-        networks = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
-        self.addresses = docker("inspect", "--format", networks, *[node.name for node in nodes]).stdout.split()
+        self.addresses = [node.address(NETWORK) for node in nodes]
 
     def docker(self, *arguments):
         return self.manager.run("docker", *arguments).stdout
 
-    def update_node(self, node, *options):
-        self.docker("node", "update", *options, node.inspect()["Config"]["Hostname"])
+    def set_node(self, node, *option):
+        self.docker("node", "update", *option, node.inspect()["Config"]["Hostname"])
 
     def deploy(self, tag):
         """Deploy a tag and return what that prints: the exit status is 0 also where it was rolled back."""
@@ -101,7 +99,6 @@ class Swarm:
         return [len(self.tasks(service)) for service in ("web", "redis")] == [2, 1]
 
     def next_hit(self):
-        """Return the number of the next hit, once there is one."""
         return eventually(lambda: get_from_any(self.addresses).json["hit_count"], 60)
 
 
@@ -116,22 +113,21 @@ def swarm(image, registry, tmp_path_factory):
         file = file.replace(*NEEDS[need])
     (folder / "docker-stack.yml").write_text(file)
     (folder / "password").write_text(PASSWORD)
-    docker("save", "--output", folder / "redis.tar", "redis:7-alpine")
+    docker("save", "--output", folder / "redis.tar", REDIS)
     registry.push(image, "lesson", "first")
     registry.push(build("second", "--build-arg", "BUILD_VERSION=second"), "lesson", "second")
     for name, line in BROKEN.items():
         (folder / name).mkdir()
         (folder / name / "Dockerfile").write_text(f"FROM {image}\n{line}\n")
         registry.push(build(name, context=folder / name), "lesson", name)
-    network, port = f"{RUN}-swarm", registry.address.rpartition(":")[2]
-    beside = docker("ps", "--quiet", "--filter", f"publish={port}").stdout.strip()
-    node = ["docker:28-dind", "--privileged", "--network", network]
+    beside = docker("ps", "--quiet", "--filter", f"publish={registry.address.rpartition(':')[2]}").stdout.strip()
+    node = ["docker:28-dind", "--privileged", "--network", NETWORK]
     engine = ["dockerd", "--insecure-registry", "registry:5000"]
     with contextlib.ExitStack() as stack:
-        docker("network", "create", network)
-        stack.callback(docker, "network", "rm", network)
-        docker("network", "connect", "--alias", "registry", network, beside)
-        stack.callback(docker, "network", "disconnect", network, beside)
+        docker("network", "create", NETWORK)
+        stack.callback(docker, "network", "rm", NETWORK)
+        docker("network", "connect", "--alias", "registry", NETWORK, beside)
+        stack.callback(docker, "network", "disconnect", NETWORK, beside)
         nodes = [stack.enter_context(container(*node, command=engine, wait=False)) for _ in range(3)]
         for node in nodes:
             docker("cp", f"{folder}/.", f"{node.name}:/")
@@ -144,7 +140,7 @@ def swarm(image, registry, tmp_path_factory):
         for node in nodes[1:]:
             node.run("docker", "swarm", "join", "--token", token, f"{made.manager.name}:2377")
         made.redis_node.run("docker", "load", "--input", "/redis.tar")
-        made.update_node(made.redis_node, "--label-add", "lab25.redis=true")
+        made.set_node(made.redis_node, "--label-add", "lab25.redis=true")
         made.docker("secret", "create", "redis_password", "/password")
         made.docker("login", "registry:5000", "--username", registry.user, "--password", registry.password)
         made.deploy("first")
@@ -156,25 +152,23 @@ def test_every_node_answers_for_two_tasks_and_hits_travel_encrypted(swarm, image
         pytest.skip(f"the kernel lacks {' and '.join(swarm.lacks)}: a copy of the stack without those lines was tested")
     sniff = "import socket; s = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 8)\nwhile s.recv(99)[9] != 50: pass"
     options = ["--network", f"container:{swarm.redis_node.name}", "--user=0", "--cap-add=NET_RAW"]
+    assert all(get_from_any([address]).status == 200 for address in swarm.addresses)
     with Travellers(swarm.addresses) as travellers:
         docker("run", "--rm", *options, image, "python", "-c", sniff, timeout=60)
-        assert all(get_from_any([address]).status == 200 for address in swarm.addresses)
     travellers.different_numbers()
 
 
-@pytest.mark.parametrize(
-    ("service", "program", "uid", "limits"),
-    [("web", "python", 10001, [256, 128]), ("redis", "redis-server", 999, [128, 64])],
-)
-def test_the_program_is_process_1_without_privileges_within_limits(swarm, service, program, uid, limits):
+@pytest.mark.parametrize("facts", ["web python 10001 268435456 128", "redis redis-server 999 134217728 64"])
+def test_the_program_is_process_1_without_privileges_within_limits(swarm, facts):
+    service, program, uid, *limits = facts.split()
     node, task = swarm.tasks(service)[0]
     status = node.run("docker", "exec", task, "cat", "/proc/1/status").stdout
     assert re.search(r"Name:\t(.*)", status)[1] == program, "a shell before it would hear SIGTERM instead"
-    assert set(re.search(r"Uid:(.*)", status)[1].split()) == {str(uid)}
+    assert set(re.search(r"Uid:(.*)", status)[1].split()) == {uid}
     assert set(re.findall(r"Cap\w+:\t(\w+)", status)) == {"0" * 16}
     assert "Read-only" in node.run("docker", "exec", task, "touch", "/tmp/written", check=False).stderr
     said = node.run("docker", "inspect", "--format", "{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}", task).stdout
-    assert said.split() == [str(limits[0] * 2**20), str(limits[1])]
+    assert said.split() == limits
 
 
 def test_the_password_is_wanted_and_shown_nowhere(swarm):
@@ -214,9 +208,9 @@ def test_a_broken_image_is_rolled_back_and_the_old_one_answers_all_along(swarm, 
 def test_a_drained_node_loses_no_request(swarm):
     with Travellers(swarm.addresses) as travellers:
         for node in (swarm.worker, swarm.manager):  # the second has a task when the first has none any more
-            swarm.update_node(node, "--availability", "drain")
+            swarm.set_node(node, "--availability", "drain")
             eventually(lambda node=node: len(tasks := dict(swarm.tasks("web"))) == 2 and node not in tasks, 60)
-            swarm.update_node(node, "--availability", "active")
+            swarm.set_node(node, "--availability", "active")
     travellers.different_numbers()
 
 
