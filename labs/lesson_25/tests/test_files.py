@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -58,6 +59,25 @@ def test_the_two_stacks_agree_but_for_where_the_image_comes_from():
 def test_the_registry_stack_builds_nothing_and_needs_no_other_file():
     text = (LESSON / "compose" / "docker-compose.registry.yml").read_text()
     assert not re.search(r"build|env_file|extends|include|\.\./|\./", text)
+
+
+def test_the_swarm_stack_says_the_same_but_for_what_swarm_cannot():
+    """Swarm has no container names, no conditions to wait for and no no-new-privileges; limits have their place."""
+    one, many = (read(f"labs/lesson_25/compose/docker-{name}.yml") for name in ("compose.registry", "stack"))
+    start, password = many["services"]["redis"]["command"][2].splitlines()[:2]
+    assert shlex.split(start)[1:-2] == one["services"]["redis"]["command"] and password.startswith("requirepass ")
+    for service in ("web", "redis"):
+        here, there = one["services"][service], many["services"][service]
+        assert here.keys() - there.keys() - {"depends_on", "pull_policy"} == {
+            *("container_name", "restart", "security_opt", "mem_limit", "pids_limit")
+        }
+        limits = there["deploy"]["resources"]["limits"]
+        assert (limits["memory"], limits["pids"]) == (here["mem_limit"], here["pids_limit"])
+        same = here.keys() & there.keys() - {"environment", "ports", "command", "healthcheck"}
+        assert {"image", "networks", "read_only", "cap_drop", "logging"} <= same
+        assert {key: here[key] for key in same} == {key: there[key] for key in same}
+    assert set(many["networks"]["backend"]["driver_opts"]) == {"encrypted"}
+    assert not re.search(r"build|env_file|extends|include|\./", str(many))
 
 
 # Packages
