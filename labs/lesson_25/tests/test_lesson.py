@@ -73,6 +73,12 @@ def test_every_command_left_out_says_why(text):
             assert mark.removeprefix("not run: ") in REASONS, f"{mark}\n{body}"
 
 
+def test_what_the_reader_shall_break_is_there():
+    app = (REPOSITORY / "labs/lesson_25/app/app.py").read_text()
+    lines = re.findall(r"sed -i\.bak 's/(.*?)/.*/' labs/lesson_25/app/app\.py", content("lesson_25.md"))
+    assert [app.count(line) for line in lines] == [1, 1]
+
+
 # What is run
 
 
@@ -135,20 +141,12 @@ def run_blocks(blocks, copy, words, environment):
     """
     state = copy.parent / "state"
     state.touch()
-    prelude = f"source {state}; trap 'export -p >{state}' EXIT\n"
+    prelude = f"exec </dev/null 2>&1; source {state}; trap 'export -p >{state}' EXIT\n"
     output = None
     for mark, kind, body in blocks:
         if kind == "sh" and mark in ("", "fails"):
-            result = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", prelude + renamed(body, words)],
-                cwd=copy,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=300,
-            )
+            command = ["bash", "-euo", "pipefail", "-c", prelude + renamed(body, words)]
+            result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
             output = renamed(result.stdout, GHCR_SAYS)
             assert (result.returncode != 0) == (mark == "fails"), f"{body}\nended with {result.returncode}:\n{output}"
         elif kind == "sh":
@@ -185,9 +183,6 @@ def mesh(node, port):
                     self.send_response(answer.status)
                     self.end_headers()
                     return self.wfile.write(answer.read())
-
-        def log_message(self, *_):
-            pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
