@@ -20,7 +20,7 @@ from clients import FAILURES, eventually
 from engine import RUN, container, docker, free_port, remove_images
 
 TEXTS = ["lesson_25.md", "README.md"]
-REASONS = {"never ends", "needs GitHub", "runs the tests", "runs the benchmark"}
+REASONS = {"never ends", "needs GitHub", "needs a swarm", "runs the tests", "runs the benchmark"}
 BLOCK = re.compile(r"^(?:<!-- (?P<mark>.*?) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 
 
