@@ -79,6 +79,12 @@ def test_what_the_reader_shall_break_is_there():
     assert [app.count(line) for line in lines] == [1, 1]
 
 
+def test_the_sizes_in_the_lesson_are_those_of_the_benchmark():
+    row = r"layers over the base image, unpacked \| ([\d.]+) MB \| (\d+) MB"
+    ours, single_stage = re.search(row, content("README.md")).groups()
+    assert f"Over {int(single_stage) // 100}00 MB became some {float(ours):.0f}." in content("lesson_25.md")
+
+
 # What is run
 
 
