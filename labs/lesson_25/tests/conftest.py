@@ -2,8 +2,6 @@
 
 import os
 import signal
-import socketserver
-import threading
 
 import fakeredis
 import pytest
@@ -78,31 +76,6 @@ def redis_server(app, monkeypatch):
 def unused_port():
     """A TCP port of this machine where nothing listens."""
     return engine.free_port()
-
-
-@pytest.fixture
-def peer():
-    """A function that starts a server on loopback, which answers all that it is sent alike, and returns its port."""
-    servers = []
-
-    def start(speech):
-        class Speaker(socketserver.BaseRequestHandler):
-            def handle(self):
-                while self.request.recv(4096):
-                    self.request.sendall(speech)
-                    if not speech:
-                        return
-
-        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Speaker)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        servers.append(server)
-        return server.server_address[1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,10 @@
 """The app's answers, with a Redis that is there, away, or wrong."""
 
+import concurrent.futures
+import contextlib
 import logging
 import socket
+import socketserver
 import threading
 import time
 from typing import ClassVar
@@ -10,7 +13,35 @@ import fakeredis
 import pytest
 import redis
 
+from clients import eventually, serving
 from limits import BACK_WITHIN_SECONDS
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    """A function that starts the server behind REDIS_HOST; it calls `handle` with each connection."""
+    with contextlib.ExitStack() as servers:
+
+        def start(handle):
+            class Handler(socketserver.BaseRequestHandler):
+                def handle(self):
+                    handle(self.request)
+
+            server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+            monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+            monkeypatch.setenv("REDIS_PORT", str(servers.enter_context(serving(server))))
+
+        yield start
+
+
+def answering(speech):
+    """Return what handles a connection by answering alike whatever it is sent."""
+
+    def handle(connection):
+        while connection.recv(4096) and speech:
+            connection.sendall(speech)
+
+    return handle
 
 
 def hit(client):
@@ -32,14 +63,8 @@ class Frozen(fakeredis.FakeRedis):
 
 
 def counts_within(client, seconds=BACK_WITHIN_SECONDS):
-    """Return the first number handed out within `seconds`, or None."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        number, _ = hit(client)
-        if number is not None:
-            return number
-        time.sleep(0.02)
-    return None
+    """Return the first number handed out, within `seconds`."""
+    return eventually(lambda: hit(client)[0], seconds)
 
 
 # The answers
@@ -142,6 +167,7 @@ def test_a_bad_setting_without_the_check_at_the_start_is_no_crash(client, monkey
 def test_a_hit_is_the_first_word_to_redis_and_is_not_sent_again(app, client, monkeypatch):
     """No handshake: each of its steps could wait for a frozen Redis once more."""
     monkeypatch.setattr(app, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(app, "PAUSE_SECONDS", 0.05)
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("REDIS_PORT", str(silent.getsockname()[1]))
@@ -172,10 +198,7 @@ def test_health_alone_notices_that_redis_is_back(client, redis_server, caplog):
     redis_server.connected = False
     assert client.get("/health").json["redis_ok"] is False
     redis_server.connected = True
-    deadline = time.monotonic() + BACK_WITHIN_SECONDS
-    while not client.get("/health").json["redis_ok"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually(lambda: client.get("/health").json["redis_ok"], BACK_WITHIN_SECONDS)
     assert len(caplog.records) == 2
 
 
@@ -209,6 +232,32 @@ def test_no_request_waits_for_a_log_that_is_blocked(app, client, redis_server, m
     teller.join()
 
 
+def test_connections_to_where_redis_was_cost_no_second_outage(app, client, monkeypatch, peer):
+    """Three hits at once leave three connections; the first to meet the silence ends an outage for all."""
+
+    def handle(connection):
+        old = not moved.is_set()
+        while said := connection.recv(4096):
+            if old and moved.is_set():
+                continue
+            if b"INCRBY" in said:
+                together.wait(5)
+            connection.sendall(b"+PONG\r\n" if b"PING" in said else b":1\r\n")
+
+    def three_hits():
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            return list(pool.map(lambda _: hit(app.app.test_client()), range(3)))
+
+    moved, together = threading.Event(), threading.Barrier(3)
+    monkeypatch.setattr(app, "WAIT_SECONDS", 0.5)
+    peer(handle)
+    assert three_hits() == [(1, None)] * 3
+    moved.set()
+    assert hit(client)[0] is None
+    eventually(lambda: client.get("/health").json["redis_ok"], BACK_WITHIN_SECONDS)
+    assert three_hits() == [(1, None)] * 3
+
+
 @pytest.mark.parametrize("failure", [SystemExit, KeyboardInterrupt, redis.ConnectionError, ValueError])
 def test_whatever_a_ping_raises_hits_are_counted_again(app, client, redis_server, monkeypatch, failure):
     class Fragile(fakeredis.FakeRedis):
@@ -220,6 +269,7 @@ def test_whatever_a_ping_raises_hits_are_counted_again(app, client, redis_server
 
     raised = []
     monkeypatch.setattr(app, "_redis_client", Fragile(server=redis_server))
+    monkeypatch.setattr(app, "PAUSE_SECONDS", 0.05)
     redis_server.connected = False
     assert hit(client)[0] is None
     redis_server.connected = True
@@ -336,9 +386,8 @@ def test_an_answer_that_is_no_number_is_no_count(app, client, monkeypatch, answe
 @pytest.mark.parametrize(
     "speech", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"+OK\r\n", b"SSH-2.0-OpenSSH\r\n", b"$-5\r\n", b"\xff\x00", b""]
 )
-def test_a_peer_that_is_no_redis_is_no_count(client, monkeypatch, peer, speech):
-    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
-    monkeypatch.setenv("REDIS_PORT", str(peer(speech)))
+def test_a_peer_that_is_no_redis_is_no_count(client, peer, speech):
+    peer(answering(speech))
     number, error = hit(client)
     assert number is None and isinstance(error, str) and error
     answer = client.get("/health")
@@ -355,8 +404,7 @@ def test_a_peer_that_is_no_redis_is_no_count(client, monkeypatch, peer, speech):
     ],
 )
 def test_an_error_that_redis_answers_is_named_and_shows_no_password(client, monkeypatch, peer, caplog, speech, reason):
-    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
-    monkeypatch.setenv("REDIS_PORT", str(peer(speech)))
+    peer(answering(speech))
     if b"AUTH'" in speech:
         monkeypatch.setenv("REDIS_PASSWORD", "pass-word")
     number, error = hit(client)
@@ -371,6 +419,7 @@ def test_an_error_that_redis_answers_is_named_and_shows_no_password(client, monk
     ("settings", "expected"),
     [
         ({"REDIS_HOST": "r", "REDIS_PASSWORD": "p"}, {"host": "r", "port": 6379, "db": 0, "password": "p"}),
+        ({"REDIS_HOST": "::1", "REDIS_PORT": "1", "REDIS_DB": "2"}, {"host": "::1", "port": 1, "db": 2}),
         ({"REDIS_URL": "redis://r:1/2"}, {"host": "r", "port": 1, "db": 2, "password": None, "ssl": False}),
         ({"REDIS_URL": "redis://r", "REDIS_PORT": "tcp://10.0.0.1:6379"}, {"host": "r", "port": 6379, "db": 0}),
         ({"REDIS_URL": "redis://:a%2Fb%40c@[::1]:1"}, {"host": "::1", "port": 1, "password": "a/b@c"}),
@@ -382,10 +431,11 @@ def test_an_error_that_redis_answers_is_named_and_shows_no_password(client, monk
 def test_redis_is_where_the_variables_say(app, monkeypatch, settings, expected):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    asked = {}
-    monkeypatch.setattr(app.redis, "Redis", lambda **options: asked.update(options) or fakeredis.FakeRedis())
-    app.get_redis_client()
-    assert {name: asked[name] for name in expected} == expected
+    calls = []
+    monkeypatch.setattr(app.redis, "Redis", lambda **options: calls.append(options) or fakeredis.FakeRedis())
+    assert app.get_redis_client() is app.get_redis_client()
+    (options,) = calls
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("content", ["pass word", "pass word\n", "pass word\r\n"])
