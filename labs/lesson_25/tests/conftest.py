@@ -100,3 +100,12 @@ def stack(image, tmp_path_factory):
     with engine.local_stack(tmp_path_factory.mktemp("stack"), f"{engine.RUN}:stack") as made:
         made.up("--build")
         yield made
+
+
+@pytest.fixture
+def network():
+    """A network without Redis."""
+    name = f"{engine.RUN}-network"
+    engine.docker("network", "create", name)
+    yield name
+    engine.docker("network", "rm", name)

@@ -12,7 +12,7 @@ import pytest
 
 from clients import eventually, get
 from conftest import BUILD_DATE, BUILD_VERSION
-from engine import CONTEXT, RUN, base_lines, build, bytes_over_base, container, docker, inspect, layer_sizes, redis_in
+from engine import CONTEXT, base_lines, build, bytes_over_base, container, docker, inspect, layer_sizes, redis_in
 from limits import LAYERS_OVER_BASE_BYTES, PUSHED_AGAIN_BYTES, STOP_SECONDS
 
 pytestmark = pytest.mark.engine
@@ -263,14 +263,6 @@ def test_finishes_a_request_in_flight(image):
 
 
 # A Redis that wants a password, or TLS
-
-
-@pytest.fixture
-def network():
-    name = f"{RUN}-secured"
-    docker("network", "create", name)
-    yield name
-    docker("network", "rm", name)
 
 
 def test_counts_in_a_redis_that_wants_a_password_and_says_why_where_it_is_wrong(image, network, tmp_path):
