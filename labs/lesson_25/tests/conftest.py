@@ -1,6 +1,7 @@
 """What every test finds: the app in a fresh state and, for the engine tests, an engine."""
 
 import os
+import shutil
 import signal
 
 import fakeredis
@@ -16,20 +17,9 @@ BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
 
 SETTINGS = {
-    *(
-        "REDIS_HOST",
-        "REDIS_PORT",
-        "REDIS_DB",
-        "REDIS_URL",
-        "REDIS_PASSWORD",
-        "REDIS_PASSWORD_FILE",
-        "LAB_ENV",
-        "HOST",
-        "PORT",
-        "WEB_CONCURRENCY",
-        "ACCESS_LOG",
-    ),
-    *("BUILD_VERSION", "BUILD_DATE", "LAB25_PORT", "REGISTRY", "GHCR_OWNER", "IMAGE_TAG"),
+    *["REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_URL", "REDIS_PASSWORD", "REDIS_PASSWORD_FILE"],
+    *["LAB_ENV", "HOST", "PORT", "WEB_CONCURRENCY", "ACCESS_LOG", "BUILD_VERSION", "BUILD_DATE"],
+    *["LAB25_PORT", "REGISTRY", "GHCR_OWNER", "IMAGE_TAG"],
 }
 
 
@@ -73,9 +63,9 @@ def redis_server(app, monkeypatch):
 
 
 @pytest.fixture
-def unused_port():
-    """A TCP port of this machine where nothing listens."""
-    return engine.free_port()
+def context(tmp_path):
+    """A copy of the build context, to be changed."""
+    return shutil.copytree(engine.CONTEXT, tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 @pytest.fixture(scope="session")

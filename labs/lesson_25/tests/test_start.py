@@ -18,25 +18,20 @@ from engine import free_port
 from limits import STOP_SECONDS
 
 APP = pathlib.Path(__file__).parents[1] / "app" / "app.py"
+COMMAND = [sys.executable, APP]
 
 
 @pytest.fixture
-def start(unused_port, tmp_path):
+def start(tmp_path):
     """A function that starts the app, waits until it serves, and returns its process, with its `log`, and port."""
     started = []
 
     def run(**settings):
-        port = int(settings.setdefault("PORT", str(unused_port)))
+        port = int(settings.setdefault("PORT", str(free_port())))
         log = tmp_path / f"{len(started)}.log"
+        options = {"env": {**os.environ, **settings}, "cwd": tmp_path, "start_new_session": True}
         with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, APP],
-                env={**os.environ, **settings},
-                cwd=tmp_path,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = subprocess.Popen(COMMAND, stdout=output, stderr=output, **options)
         process.log = log
         started.append(process)
 
@@ -55,8 +50,8 @@ def start(unused_port, tmp_path):
 
 def refused(**settings):
     """Return the one line with which the app refuses to start."""
-    command, environment = [sys.executable, APP], {**os.environ, **settings}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10)
+    environment = {**os.environ, **settings}
+    result = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=10)
     (line,) = (result.stdout + result.stderr).splitlines()
     assert result.returncode != 0
     return line
@@ -237,7 +232,7 @@ def test_a_signal_while_it_is_still_starting_ends_it():
     """Before Python has a handler the signal's own action ends it; process 1 of a container has none."""
 
     def status(seconds):
-        process = subprocess.Popen([sys.executable, APP], env={**os.environ, "PORT": str(free_port())})
+        process = subprocess.Popen(COMMAND, env={**os.environ, "PORT": str(free_port())})
         time.sleep(seconds)
         process.terminate()
         return process.wait(4)  # after five seconds the workers are killed
