@@ -46,7 +46,7 @@ def counts_within(client, seconds=BACK_WITHIN_SECONDS):
     return eventually(lambda: hit(client)[0], seconds)
 
 
-# The answers
+# The answers, and counting
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,6 @@ def test_both_routes_answer_with_every_field(client, redis_server, monkeypatch, 
         assert (response.status_code, response.content_type) == (200, "application/json")
 
 
-# Counting
-
-
 def test_counts_once_per_request(client, redis_server):
     assert [hit(client) for _ in range(3)] == [(1, None), (2, None), (3, None)]
     assert fakeredis.FakeRedis(server=redis_server).get("lab25_hits") == b"3"
@@ -90,17 +87,16 @@ def test_counts_nothing_where_redis_is_not_configured(client, monkeypatch):
 # The four seams
 
 
-def test_follows_a_replaced_get_redis_client(app, client, monkeypatch):
-    fake = fakeredis.FakeRedis()
-    monkeypatch.setattr(app, "get_redis_client", lambda: fake)
+def test_follows_a_replaced_client_at_once_whatever_the_environment_says(app, client, redis_server, monkeypatch):
+    monkeypatch.setenv("REDIS_PORT", "nonsense")
+    redis_server.connected = False
+    assert hit(client)[0] is None
+    monkeypatch.setattr(app, "_redis_client", fakeredis.FakeRedis())
     assert hit(client) == (1, None)
     monkeypatch.setattr(app, "get_redis_client", lambda: None)
     assert hit(client) == (None, None)
-
-
-def test_uses_a_replaced_client_whatever_the_environment_says(client, redis_server, monkeypatch):
-    monkeypatch.setenv("REDIS_PORT", "nonsense")
-    assert hit(client) == (1, None)
+    monkeypatch.setattr(app, "get_redis_client", fakeredis.FakeRedis)
+    assert hit(client)[1] is None
 
 
 def test_follows_a_replaced_class_at_once_though_a_client_of_another_is_there(app, client, monkeypatch):
@@ -124,13 +120,6 @@ def test_serves_without_the_redis_package_and_says_so_where_redis_is_configured(
             number, error = hit(client)
             assert number is None and "package" in error
             assert client.get("/health").json["redis_ok"] is False
-
-
-def test_a_new_client_is_asked_at_once_after_another_failed(app, client, redis_server, monkeypatch):
-    redis_server.connected = False
-    assert hit(client)[0] is None
-    monkeypatch.setattr(app, "_redis_client", fakeredis.FakeRedis())
-    assert hit(client) == (1, None)
 
 
 def test_a_bad_setting_without_the_check_at_the_start_is_no_crash(client, monkeypatch):
