@@ -71,9 +71,8 @@ def context(tmp_path):
 @pytest.fixture(scope="session")
 def image():
     """The image as a build with both arguments makes it."""
-    yield engine.build(
-        "dev", "--build-arg", f"BUILD_VERSION={BUILD_VERSION}", "--build-arg", f"BUILD_DATE={BUILD_DATE}"
-    )
+    arguments = {"BUILD_VERSION": BUILD_VERSION, "BUILD_DATE": BUILD_DATE}
+    yield engine.build("dev", *(f"--build-arg={name}={value}" for name, value in arguments.items()))
     engine.remove_images()
 
 

@@ -1,4 +1,4 @@
-"""What the files promise to each other: the Compose files, the lists of packages, the workflows, Dependabot."""
+"""What the files promise to each other: the Compose files, the workflows, Dependabot."""
 
 import os
 import re
@@ -75,24 +75,6 @@ def test_the_swarm_stack_says_the_same_but_for_what_swarm_cannot():
     assert not re.search(r"build|env_file|extends|include|\./", str(many))
 
 
-# Packages
-
-
-def locked(name):
-    """Return the packages of a list, with their versions; fail where one has no hash."""
-    text = (LESSON / name / "requirements.txt").read_text()
-    entries = re.split(r"\n(?=[a-z])", text)[1:]
-    assert all("--hash=sha256:" in entry for entry in entries)
-    return dict(re.match(r"([a-z0-9-]+)==(\S+)", entry).groups() for entry in entries)
-
-
-def test_the_tests_run_with_the_versions_that_are_shipped():
-    app, tests = locked("app"), locked("tests")
-    both = app.keys() & tests.keys()
-    assert "redis" in both
-    assert {name: app[name] for name in both} == {name: tests[name] for name in both}
-
-
 # The workflow: what protects those who use it
 
 
@@ -121,6 +103,12 @@ def test_every_action_is_pinned_to_a_commit_with_its_tag_beside_it():
     text = "".join(file.read_text() for file in REPOSITORY.glob(".github/workflows/*"))
     for use in re.findall(r"uses: (?!\./)(.*)", text):
         assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use), use
+
+
+def test_no_checkout_keeps_a_credential_and_no_script_takes_in_an_expression(jobs):
+    for step in [step for job in jobs.values() for step in job["steps"]]:
+        assert "checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False
+        assert "${{" not in step.get("run", "")
 
 
 def test_a_change_of_whatever_is_tested_starts_the_workflow(workflow):

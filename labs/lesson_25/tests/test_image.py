@@ -138,9 +138,7 @@ def test_a_new_version_makes_no_new_layer(image):
 # Health, and the end
 
 
-@pytest.mark.parametrize(
-    "settings", [[], ["PORT=9090"], ["HOST=", "PORT="], ["HOST=127.0.0.1"], ["HOST=::", "PORT=80"]]
-)
+@pytest.mark.parametrize("settings", [["PORT=9090"], ["HOST=", "PORT="], ["HOST=localhost"], ["HOST=::", "PORT=80"]])
 def test_the_health_check_follows_host_and_port(image, settings):
     options = [f"--env={setting}" for setting in settings]
     with container(image, *options, wait=False) as made:
@@ -148,16 +146,14 @@ def test_the_health_check_follows_host_and_port(image, settings):
         eventually(lambda: made.health == "healthy", 15)
 
 
-@pytest.mark.parametrize("answer", ["503 Unavailable", ""], ids=["an-error", "nothing"])
-def test_the_health_check_fails_when_health_does(image, answer):
-    """In place of the app, something that answers everything alike, or accepts connections and never answers."""
-    program = (
-        "import socket, time; server = socket.create_server(('', 8080)); kept = []\n"
-        "while True: kept.append(server.accept()[0]);"
-        f" {answer!r} and kept[-1].sendall(b'HTTP/1.1 {answer}\\r\\nContent-Length: 0\\r\\n\\r\\n')"
-    )
-    options = ["--health-interval", "200ms", "--health-start-period", "1ms", "--init"]
-    with container(image, *options, wait=False, command=["python", "-c", program]) as made:
+@pytest.mark.parametrize(
+    ("option", "program"),
+    [("-m", "http.server"), ("-c", "import socket, time; s = socket.create_server(('', 8000)); time.sleep(99)")],
+)
+def test_the_health_check_fails_when_health_does(image, option, program):
+    """In place of the app, something that knows no /health, or that takes connections and never answers."""
+    options = ["--env=PORT=8000", "--health-interval=200ms", "--health-start-period=1ms", "--init"]
+    with container(image, *options, wait=False, command=["python", option, program]) as made:
         docker("start", made.name)
         eventually(lambda: made.health == "unhealthy", 20)
 
