@@ -74,6 +74,18 @@ def eventually(condition, seconds, every=0.05):
 
 
 @contextlib.contextmanager
+def serving(server):
+    """Let a socketserver serve in a `with` block; yield its port."""
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
 def slow_clients(port, count=200):
     """Yield connections that, in a `with` block, each send another byte of one header every half second."""
     stop = threading.Event()

@@ -1,9 +1,8 @@
 """What every test finds: the app in a fresh state and, for the engine tests, an engine."""
 
 import os
+import shutil
 import signal
-import socketserver
-import threading
 
 import fakeredis
 import pytest
@@ -18,20 +17,9 @@ BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
 
 SETTINGS = {
-    *(
-        "REDIS_HOST",
-        "REDIS_PORT",
-        "REDIS_DB",
-        "REDIS_URL",
-        "REDIS_PASSWORD",
-        "REDIS_PASSWORD_FILE",
-        "LAB_ENV",
-        "HOST",
-        "PORT",
-        "WEB_CONCURRENCY",
-        "ACCESS_LOG",
-    ),
-    *("BUILD_VERSION", "BUILD_DATE", "LAB25_PORT", "REGISTRY", "GHCR_OWNER", "IMAGE_TAG"),
+    *["REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_URL", "REDIS_PASSWORD", "REDIS_PASSWORD_FILE"],
+    *["LAB_ENV", "HOST", "PORT", "WEB_CONCURRENCY", "ACCESS_LOG", "BUILD_VERSION", "BUILD_DATE"],
+    *["LAB25_PORT", "REGISTRY", "GHCR_OWNER", "IMAGE_TAG"],
 }
 
 
@@ -75,42 +63,16 @@ def redis_server(app, monkeypatch):
 
 
 @pytest.fixture
-def unused_port():
-    """A TCP port of this machine where nothing listens."""
-    return engine.free_port()
-
-
-@pytest.fixture
-def peer():
-    """A function that starts a server on loopback, which answers all that it is sent alike, and returns its port."""
-    servers = []
-
-    def start(speech):
-        class Speaker(socketserver.BaseRequestHandler):
-            def handle(self):
-                while self.request.recv(4096):
-                    self.request.sendall(speech)
-                    if not speech:
-                        return
-
-        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Speaker)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        servers.append(server)
-        return server.server_address[1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+def context(tmp_path):
+    """A copy of the build context, to be changed."""
+    return shutil.copytree(engine.CONTEXT, tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 @pytest.fixture(scope="session")
 def image():
     """The image as a build with both arguments makes it."""
-    yield engine.build(
-        "dev", "--build-arg", f"BUILD_VERSION={BUILD_VERSION}", "--build-arg", f"BUILD_DATE={BUILD_DATE}"
-    )
+    arguments = {"BUILD_VERSION": BUILD_VERSION, "BUILD_DATE": BUILD_DATE}
+    yield engine.build("dev", *(f"--build-arg={name}={value}" for name, value in arguments.items()))
     engine.remove_images()
 
 
@@ -127,3 +89,12 @@ def stack(image, tmp_path_factory):
     with engine.local_stack(tmp_path_factory.mktemp("stack"), f"{engine.RUN}:stack") as made:
         made.up("--build")
         yield made
+
+
+@pytest.fixture
+def network():
+    """A network without Redis."""
+    name = f"{engine.RUN}-network"
+    engine.docker("network", "create", name)
+    yield name
+    engine.docker("network", "rm", name)

@@ -23,17 +23,10 @@ RUN = f"lab25-test-{secrets.token_hex(4)}"
 
 def docker(*arguments, check=True, timeout=300, **options):
     """Run the docker command and return its CompletedProcess, with text output; with `check`, fail where it does."""
-    result = subprocess.run(
-        ["docker", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-        **options,
-    )
-    assert not check or result.returncode == 0, (
-        f"docker {' '.join(map(str, arguments))}\n{result.stdout}{result.stderr}"
-    )
+    command = ["docker", *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, **options}
+    result = subprocess.run(command, timeout=timeout, **options)
+    assert not check or result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
     return result
 
 
@@ -181,9 +174,9 @@ class Stack:
     Container names are fixed in the files, so an override takes them away.
     """
 
-    def __init__(self, folder, *files, web="", environment=None, project=None):
+    def __init__(self, folder, *files, web="", environment=None, project=None, port=None):
         self.project = project or f"{RUN}-{secrets.token_hex(3)}"
-        self.port = free_port()
+        self.port = port or free_port()
         self.network = f"{self.project}_backend"
         self.hosts = folder / f"{secrets.token_hex(3)}.hosts"  # what web finds here it does not ask the engine for
         self.hosts.write_text("127.0.0.1 localhost\n")
@@ -195,9 +188,13 @@ class Stack:
         self.files = [*files, override]
         self.environment = {**os.environ, "LAB25_PORT": str(self.port), **(environment or {})}
 
-    def compose(self, *arguments, **options):
+    def command(self, *arguments):
+        """Return the docker compose command for this stack; it wants `environment`."""
         files = [word for file in self.files for word in ("--file", file)]
-        return docker("compose", "--project-name", self.project, *files, *arguments, env=self.environment, **options)
+        return ["docker", "compose", "--project-name", self.project, *files, *arguments]
+
+    def compose(self, *arguments, **options):
+        return docker(*self.command(*arguments)[1:], env=self.environment, **options)
 
     def up(self, *options, **more):
         return self.compose("up", "--detach", "--wait", *options, **more)
@@ -234,19 +231,19 @@ class Stack:
 
 
 @contextlib.contextmanager
-def local_stack(folder, image):
+def local_stack(folder, image, file=LOCAL_FILE):
     """Yield the local Compose file's Stack, built as `image`; everything of it goes at the end."""
-    made = Stack(folder, LOCAL_FILE, web=f"    image: {image}\n")
+    made = Stack(folder, file, web=f"    image: {image}\n")
     try:
         yield made
     finally:
         made.down("--volumes")
 
 
-def kill(container_name, pid=None):
-    """Send SIGKILL to a process of this machine, a container's first one by default, as a crash would.
+def kill(container_name):
+    """Send SIGKILL to a container's first process, as a crash would.
 
     `docker kill` would not do: the engine takes it for the operator's wish and does not restart the container.
     """
-    pid = pid or inspect(container_name)["State"]["Pid"]
+    pid = inspect(container_name)["State"]["Pid"]
     docker("run", "--rm", "--pid", "host", "--privileged", REDIS, "sh", "-c", f"kill -9 {pid}")

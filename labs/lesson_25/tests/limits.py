@@ -16,7 +16,6 @@ PUSHED_AGAIN_BYTES = 50_000  # nor does it push one again: the app and the confi
 
 UP_SECONDS = 3  # `up -d --wait`, images present: each health check passes soon after its service can answer
 STOP_SECONDS = 1  # idle; a server that does not hear SIGTERM is killed after ten
-STOP_UNDER_LOAD_SECONDS = 9  # less than the ten after which Docker kills what is still answering
 
 # Speed
 

@@ -1,4 +1,4 @@
-"""What the files promise to each other: the Compose files, the lists of packages, the workflows, Dependabot."""
+"""What the files promise to each other: the Compose files, the workflows, Dependabot."""
 
 import os
 import re
@@ -56,11 +56,6 @@ def test_the_two_stacks_agree_but_for_where_the_image_comes_from():
     assert local == registry
 
 
-def test_the_registry_stack_builds_nothing_and_needs_no_other_file():
-    text = (LESSON / "compose" / "docker-compose.registry.yml").read_text()
-    assert not re.search(r"build|env_file|extends|include|\.\./|\./", text)
-
-
 def test_the_swarm_stack_says_the_same_but_for_what_swarm_cannot():
     """Swarm has no container names, no conditions to wait for and no no-new-privileges; limits have their place."""
     one, many = (read(f"labs/lesson_25/compose/docker-{name}.yml") for name in ("compose.registry", "stack"))
@@ -78,24 +73,6 @@ def test_the_swarm_stack_says_the_same_but_for_what_swarm_cannot():
         assert {key: here[key] for key in same} == {key: there[key] for key in same}
     assert set(many["networks"]["backend"]["driver_opts"]) == {"encrypted"}
     assert not re.search(r"build|env_file|extends|include|\./", str(many))
-
-
-# Packages
-
-
-def locked(name):
-    """Return the packages of a list, with their versions; fail where one has no hash."""
-    text = (LESSON / name / "requirements.txt").read_text()
-    entries = re.split(r"\n(?=[a-z])", text)[1:]
-    assert all("--hash=sha256:" in entry for entry in entries)
-    return dict(re.match(r"([a-z0-9-]+)==(\S+)", entry).groups() for entry in entries)
-
-
-def test_the_tests_run_with_the_versions_that_are_shipped():
-    app, tests = locked("app"), locked("tests")
-    both = app.keys() & tests.keys()
-    assert "redis" in both
-    assert {name: app[name] for name in both} == {name: tests[name] for name in both}
 
 
 # The workflow: what protects those who use it
