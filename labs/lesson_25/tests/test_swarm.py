@@ -38,10 +38,11 @@ print("IPVS" * lacks(16, struct.pack("=BBHHH8s", 3, 1, 0, 9, 2, b"IPVS")), "ESP"
 def get_from_any(nodes, path="/"):
     """Return the Answer of the first node that takes a connection, in any order. Raises one of FAILURES."""
     for node in random.sample(nodes, len(nodes)):
-        with contextlib.closing(http.client.HTTPConnection(node, 8080, timeout=5)) as connection:
-            with contextlib.suppress(OSError):
+        with contextlib.closing(http.client.HTTPConnection(node, 8080, timeout=1)) as connection:
+            with contextlib.suppress(OSError):  # a killed node does not even refuse
                 connection.connect()
             if connection.sock:
+                connection.sock.settimeout(5)
                 return ask(connection, path)
     raise ConnectionRefusedError("by every node")
 
@@ -65,7 +66,7 @@ class Travellers(Visitors):
         assert len(self.failures) <= lost, self.failures[:3]
         self.failures.clear()
         numbers = list(itertools.chain(*self.numbers()))
-        assert len(numbers) == len(set(numbers)) > 50
+        assert len(numbers) == len(set(numbers)) > 20
         return numbers
 
 
@@ -213,9 +214,11 @@ def test_a_killed_node_costs_only_the_requests_on_it(swarm):
     assert swarm.worker in dict(swarm.tasks("web")), "the test before left one there"
     with Travellers(swarm.addresses) as travellers:
         docker("kill", swarm.worker.name)
-        eventually(swarm.settled, 90)
+        try:
+            eventually(swarm.settled, 90)
+        finally:
+            docker("start", swarm.worker.name)
     travellers.different_numbers(lost=8)  # the processes of a killed node end one after the other
-    docker("start", swarm.worker.name)
     eventually(lambda: "Down" not in swarm.docker("node", "ls"), 60)
 
 
