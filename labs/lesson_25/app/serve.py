@@ -60,7 +60,6 @@ def main():
         host, port = setting("HOST", "127.0.0.1"), number("PORT", 8080, 1, 65535)
         workers, access_log = number("WEB_CONCURRENCY", 2, 1, 64), number("ACCESS_LOG", 0, 0, 1)
         redis_at = app.redis_address()
-        app.get_redis_client()
     except ValueError as error:
         sys.exit(str(error))
     try:  # the server shares a port that is taken, and takes no host names

@@ -9,15 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
-from test_swarm import KERNEL
+from test_swarm import kernel_lacks
 
 import checklist
 from checklist import REPOSITORY
-from clients import FAILURES, eventually
-from engine import RUN, container, docker, free_port, remove_images
+from clients import FAILURES, eventually, serving
+from engine import REDIS, RUN, container, docker, free_port, remove_images
 
 TEXTS = ["lesson_25.md", "README.md"]
 REASONS = {"never ends", "needs GitHub", "needs a swarm", "runs the tests", "runs the benchmark"}
@@ -190,12 +189,8 @@ def mesh(node, port):
                     self.end_headers()
                     return self.wfile.write(answer.read())
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        try:
-            yield
-        finally:
-            server.shutdown()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)):
+        yield
 
 
 @pytest.mark.engine
@@ -205,8 +200,7 @@ def test_every_command_for_a_swarm_works_in_an_engine_of_its_own(own_copy, regis
     copy, words = own_copy
     port = int(words["127.0.0.1:8080"].rpartition(":")[2])
     options = ["--privileged", "--volume", f"{copy}:/copy:ro"]
-    probe = docker("run", "--rm", "--user=0", "--cap-add=NET_ADMIN", image, "python", "-c", KERNEL)
-    if without_ipvs := "IPVS" in probe.stdout:
+    if without_ipvs := "IPVS" in kernel_lacks(image):
         file = copy / "labs" / "lesson_25" / "compose" / "docker-stack.yml"
         line = f'- "${{LAB25_PORT:-{port}}}:8080"'
         assert line in file.read_text()
@@ -228,7 +222,7 @@ def test_every_command_for_a_swarm_works_in_an_engine_of_its_own(own_copy, regis
         part = blocks(re.search(r"(?ms)^## Part 7:.*?(?=^## )", content("lesson_25.md"))[0])
         run_blocks(part[:1], copy, words, environment)
         built = [f"{registry.address}/{registry.user}/{RUN}-text-web:{tag}" for tag in ("one", "two", "broken")]
-        docker("save", "--output", tmp_path / "images.tar", "redis:7-alpine", *built)
+        docker("save", "--output", tmp_path / "images.tar", REDIS, *built)
         docker("cp", tmp_path / "images.tar", f"{node.name}:/images.tar")
         node.run("docker", "load", "--input", "/images.tar")
         with mesh(node, port) if without_ipvs else contextlib.nullcontext():

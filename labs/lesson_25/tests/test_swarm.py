@@ -35,6 +35,11 @@ print("IPVS" * lacks(16, struct.pack("=BBHHH8s", 3, 1, 0, 9, 2, b"IPVS")), "ESP"
 """
 
 
+def kernel_lacks(image):
+    """Return the names of what the kernel has not, of NEEDS."""
+    return docker("run", "--rm", "--user=0", "--cap-add=NET_ADMIN", image, "python", "-c", KERNEL).stdout.split()
+
+
 def get_from_any(nodes, path="/"):
     """Return the Answer of the first node that takes a connection, in any order. Raises one of FAILURES."""
     for node in random.sample(nodes, len(nodes)):
@@ -105,7 +110,7 @@ class Swarm:
 def swarm(image, registry, tmp_path_factory):
     """The stack on three nodes, from a registry that wants a login; shared, and left settled by each test."""
     folder = tmp_path_factory.mktemp("swarm")
-    lacks = docker("run", "--rm", "--user=0", "--cap-add=NET_ADMIN", image, "python", "-c", KERNEL).stdout.split()
+    lacks = kernel_lacks(image)
     file = (LESSON / "compose" / "docker-stack.yml").read_text()
     for need in lacks:
         assert NEEDS[need][0] in file
