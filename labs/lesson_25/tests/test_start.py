@@ -235,18 +235,19 @@ def test_no_worker_outlives_a_killed_parent(start):
     eventually(lambda: not any(pathlib.Path(f"/proc/{worker}/cwd").exists() for worker in workers), 5)
 
 
-def test_goes_on_after_the_terminal_is_closed_only_when_nohup_started_it(start):
-    process, _ = start()
-    os.killpg(process.pid, signal.SIGHUP)
-    process.wait(5)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a new process inherits, as from nohup
+@pytest.mark.parametrize(("inherited", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)], ids=["", "nohup"])
+def test_goes_on_after_the_terminal_is_closed_only_when_nohup_started_it(start, inherited, ends):
+    before = signal.signal(signal.SIGHUP, inherited)
     try:
         process, port = start()
     finally:
         signal.signal(signal.SIGHUP, before)
     os.killpg(process.pid, signal.SIGHUP)
-    time.sleep(0.5)
-    assert get(port).status == 200 and process.poll() is None
+    if ends:
+        assert process.wait(5) == -signal.SIGHUP
+    else:
+        time.sleep(0.5)
+        assert get(port).status == 200 and process.poll() is None
 
 
 def test_a_request_in_flight_is_answered_before_the_end(start):
