@@ -171,7 +171,7 @@ def shown(unit, figures):
         return f"not in {NO_ANSWER_SECONDS} s"
     form = "{:.0f}".format if unit.startswith("of") else digits
     low, median, high = (form(of(figures) / UNITS[unit]) for of in (min, statistics.median, max))
-    return f"{median}{'' if unit == '/s' else ' '}{unit}" + (f" ({low} to {high})" if len(figures) > 1 else "")
+    return f"{median}{'' if unit == '/s' else ' '}{unit}" + (f" ({low}-{high})" if len(figures) > 1 else "")
 
 
 def table(lesson, single):

@@ -222,6 +222,7 @@ def test_connections_to_where_redis_was_cost_no_second_outage(app, client, monke
     old, moved, together = [], threading.Event(), threading.Barrier(3)
     monkeypatch.setattr(app, "WAIT_SECONDS", 0.5)
     peer(answer)
+    assert client.get("/health").json["redis_ok"]  # makes the client, which three hits at once would do three times
     assert three_hits() == [(1, None)] * 3
     moved.set()
     assert hit(client)[0] is None
