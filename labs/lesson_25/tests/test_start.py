@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import importlib
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -68,12 +69,17 @@ def test_two_hundred_requests_from_many_threads_get_different_numbers(start, mon
 
 
 @pytest.fixture
-def refusal(monkeypatch):
-    """A function that returns the one line with which the app, in this process, refuses to start."""
+def serve():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    serve = importlib.import_module("serve")  # sets signal handlers, which are not for pytest
+    module = importlib.import_module("serve")  # sets signal handlers, which are not for pytest
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    return module
+
+
+@pytest.fixture
+def refusal(serve, monkeypatch):
+    """A function that returns the one line with which the app, in this process, refuses to start."""
     monkeypatch.setattr(serve, "Server", lambda *_, **__: pytest.fail("it started"))
 
     def run(**settings):
@@ -177,13 +183,8 @@ def signal_each(process, number):
         time.sleep(0.002)
 
 
-def signal_parent(process, number):
-    """As docker stop does."""
-    process.send_signal(number)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("send", [signal_group, signal_each, signal_parent])
+@pytest.mark.parametrize("send", [signal_group, signal_each, subprocess.Popen.send_signal])
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_a_signal_ends_it_with_status_0(start, send, number):
     process, port = start(WEB_CONCURRENCY="4")
@@ -259,6 +260,15 @@ def test_a_request_in_flight_is_answered_before_the_end(start):
                 process.terminate()
                 assert answer.result().status == 200
     assert process.wait(5) == 0
+
+
+def test_an_answer_given_while_it_ends_closes_its_connection(serve, app, client, monkeypatch):
+    """Or a client that keeps asking would keep one that was accepted at the last moment, and delay the end."""
+    monkeypatch.setattr(app.app, "after_request_funcs", {})
+    monkeypatch.setattr(signal, "getsignal", lambda _: lambda *_: None)
+    assert "Connection" not in client.get("/health").headers
+    serve.end_with(multiprocessing.Pipe(duplex=False)[0], None)
+    assert client.get("/health").headers["Connection"] == "close"
 
 
 def test_importing_the_module_checks_nothing():
