@@ -10,6 +10,8 @@ import socket
 import threading
 import time
 
+from limits import PATIENCE_SECONDS
+
 Answer = collections.namedtuple("Answer", "status headers json")
 FAILURES = (OSError, http.client.HTTPException)
 NO_ANSWER_SECONDS = 20
@@ -54,12 +56,19 @@ def probe(port, times, every):
     return waits[1:]
 
 
+def counted(answer):
+    """Return the number of a hit. Raises ConnectionError, with the reason where it has none."""
+    if answer.json["redis_error"]:
+        raise ConnectionError(answer.json["redis_error"])
+    return answer.json["hit_count"]
+
+
 def every_hit_counts(port, hits=20):
-    """Return whether as many hits in a row are counted, which meets every worker."""
-    return all(get(port).json["hit_count"] for _ in range(hits))
+    """Return whether as many hits in a row are counted, which meets every worker; raises as `counted` does."""
+    return all(counted(get(port)) for _ in range(hits))
 
 
-def eventually(condition, seconds, every=0.05):
+def eventually(condition, seconds=PATIENCE_SECONDS, every=0.05):
     """Return the first true result of `condition`, called until then; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:

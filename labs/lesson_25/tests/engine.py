@@ -12,7 +12,7 @@ import secrets
 import socket
 import subprocess
 
-from clients import eventually, get
+from clients import counted, eventually, get
 
 LESSON = pathlib.Path(__file__).parents[1]
 CONTEXT = LESSON / "app"
@@ -164,7 +164,7 @@ def redis_in(network, *options):
     """Yield the Container of a Redis that answers in this network."""
     with container(REDIS, "--network", network, *options, wait=False) as made:
         docker("start", made.name)
-        eventually(lambda: ping(made), 5)
+        eventually(lambda: ping(made))
         yield made
 
 
@@ -227,7 +227,7 @@ class Stack:
 
     def hits(self):
         """Return the number of the next hit, once there is one."""
-        return eventually(lambda: self.get().json["hit_count"], 5)
+        return eventually(lambda: counted(self.get()))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import urllib.parse
 
 import pytest
 
-from clients import eventually, timed
+from clients import counted, eventually, timed
 from conftest import BUILD_DATE, BUILD_VERSION
 from engine import BASE, CONTEXT, base_lines, build, bytes_over_base, container, docker, inspect, layer_sizes, redis_in
 from limits import LAYERS_OVER_BASE_BYTES, PUSHED_AGAIN_BYTES, STOP_SECONDS
@@ -222,7 +222,7 @@ def test_counts_in_a_redis_with_tls_that_shows_a_certificate_of_the_given_author
     with container("redis:7-alpine", *mounted, "--network-alias", "redis", wait=False, command=command) as redis:
         docker("start", redis.name)
         with container(image, *mounted, "--env", "REDIS_URL=rediss://redis?ssl_ca_certs=/tls/redis.crt") as web:
-            assert eventually(lambda: web.get().json["hit_count"], 5) == 1
+            assert eventually(lambda: counted(web.get())) == 1
         for url in ("rediss://redis?ssl_ca_certs=/tls/other.crt", "rediss://redis"):
             with container(image, *mounted, "--env", f"REDIS_URL={url}") as web:
                 assert "certificate verify failed" in web.get().json["redis_error"]

@@ -40,7 +40,7 @@ def start(tmp_path):
             assert process.poll() is None, log.read_text()
             return not socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
-        eventually(connects, 10, every=0.02)
+        eventually(connects, every=0.02)
         return process, port
 
     yield run
@@ -161,7 +161,7 @@ def test_the_log_says_what_was_started_and_nothing_per_request(start):
 def test_access_log_is_a_line_per_request_that_a_client_cannot_forge(start):
     process, port = start(ACCESS_LOG="1")
     get(port, "/nope%0aforged?q=1")
-    line = eventually(lambda: process.log.read_text().splitlines()[1:], 2)[-1]
+    line = eventually(lambda: process.log.read_text().splitlines()[1:])[-1]
     assert "GET" in line and r"/nope\nforged" in line and "404" in line
 
 
@@ -233,7 +233,7 @@ def test_no_worker_outlives_a_killed_parent(start):
     workers = processes(process)[:-1]
     process.kill()
     process.wait()
-    eventually(lambda: not any(pathlib.Path(f"/proc/{worker}/cwd").exists() for worker in workers), 5)
+    eventually(lambda: not any(pathlib.Path(f"/proc/{worker}/cwd").exists() for worker in workers))
 
 
 @pytest.mark.parametrize(("inherited", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)], ids=["", "nohup"])

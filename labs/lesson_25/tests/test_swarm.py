@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from clients import FAILURES, Visitors, ask, eventually
+from clients import FAILURES, Visitors, ask, counted, eventually
 from engine import LESSON, REDIS, RUN, build, container, docker
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -103,7 +103,7 @@ class Swarm:
         return [len(self.tasks(service)) for service in ("web", "redis")] == [2, 1]
 
     def next_hit(self):
-        return eventually(lambda: get_from_any(self.addresses).json["hit_count"], 60)
+        return eventually(lambda: counted(get_from_any(self.addresses)), 60)
 
 
 @pytest.fixture(scope="module")
