@@ -172,6 +172,6 @@ def test_sigterm_under_load_leaves_no_accepted_request_without_an_answer(image, 
             assert web.inspect()["State"]["ExitCode"] == 0  # not killed, as what needs ten seconds is
             docker("wait", client.name)
             outcomes = json.loads(client.log().removeprefix("asking\n"))  # a traceback would be no JSON
-        counted = int(redis.run("redis-cli", "get", "lab25_hits").stdout)
-    assert outcomes["counted"] == counted > 100
+        hits = int(redis.run("redis-cli", "get", "lab25_hits").stdout)
+    assert outcomes["counted"] == hits > 100
     assert outcomes.get("closed", 0) <= 16
