@@ -209,7 +209,8 @@ def conditions(lesson):
         lesson.web.python(program),
         "Redis " + lesson.redis.run("redis-server", "--version").stdout.split()[2].removeprefix("v="),
     ]
-    return ", ".join(part.strip() for part in parts) + ". Ratio: this lesson's figure divided by the single stage's."
+    made_with = ", ".join(part.strip() for part in parts)
+    return f"{made_with}. Medians (lowest-highest). Ratio: this lesson's figure divided by the single stage's."
 
 
 def measure(rounds, seconds):
