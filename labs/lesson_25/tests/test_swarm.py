@@ -212,7 +212,8 @@ def test_a_drained_node_loses_no_request(swarm):
             swarm.set_node(node, "--availability", "drain")
             eventually(lambda node=node: len(tasks := dict(swarm.tasks("web"))) == 2 and node not in tasks, 60)
             swarm.set_node(node, "--availability", "active")
-    travellers.different_numbers()
+    # A worker that ends may close a connection that it has not read; the mesh would have sent that one elsewhere.
+    travellers.different_numbers(lost=1 if "IPVS" in swarm.lacks else 0)
 
 
 def test_a_killed_node_costs_only_the_requests_on_it(swarm):
