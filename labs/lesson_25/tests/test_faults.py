@@ -31,7 +31,7 @@ def test_redis_going_nine_times_costs_no_answer_and_no_number(stack):
         for fault in [stop_and_start, lambda: kill(redis.name), lambda: docker("restart", redis.name)] * 3:
             fault()
             eventually(lambda: ping(redis))
-            eventually(lambda: counted(stack.get()))
+            stack.hits()
     numbers = visitors.numbers()
     assert all(own == sorted(own) for own in numbers)
     everyone = list(itertools.chain(*numbers))
@@ -68,7 +68,7 @@ def test_each_worker_waits_once_where_only_health_is_asked_and_redis_is_frozen(s
     with stack.container("redis").frozen():
         waits = probe(stack.port, times=24, every=0.25)
     assert len([wait for wait in waits if wait > limits.AT_ONCE_SECONDS]) <= limits.WORKERS
-    eventually(lambda: every_hit_counts(stack.port))
+    eventually(lambda: every_hit_counts(stack.port), 5)
 
 
 def test_the_log_says_for_each_worker_that_redis_went_and_that_hits_are_counted_again(stack):

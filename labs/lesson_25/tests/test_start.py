@@ -243,7 +243,7 @@ def test_goes_on_after_the_terminal_is_closed_only_when_nohup_started_it(start, 
         process, port = start()
     finally:
         signal.signal(signal.SIGHUP, before)
-    os.killpg(process.pid, signal.SIGHUP)
+    signal_group(process, signal.SIGHUP)
     if ends:
         assert process.wait(5) == -signal.SIGHUP
     else:
