@@ -21,7 +21,10 @@ import app
 from app import number, setting
 
 FORMAT = {"format": "%(asctime)s %(process)d %(levelname)s %(message)s"}
-LOGGING = {"formatters": {"generic": FORMAT, "access": FORMAT}, "root": {"handlers": ["console"], "level": "INFO"}}
+LOGGING = {
+    "formatters": {"generic": FORMAT, "access": FORMAT},
+    "root": {"handlers": ["console"], "level": "INFO"},
+}
 
 
 class Server(Granian):
@@ -29,7 +32,9 @@ class Server(Granian):
 
     def shutdown(self, *exit_code):
         for worker in self.wrks:
-            worker.interrupt_by_parent = True  # or its end would be an unexpected one, and the status 1
+            worker.interrupt_by_parent = (
+                True  # or its end would be an unexpected one, and the status 1
+            )
         self.pipe[1].close()
         super().shutdown(*exit_code)
 
@@ -39,7 +44,9 @@ def in_worker(start_time, parent, parents_end):
     parents_end.close()
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    threading.Thread(target=end_with, args=[parent, signal.getsignal(signal.SIGTERM)], daemon=True).start()
+    threading.Thread(
+        target=end_with, args=[parent, signal.getsignal(signal.SIGTERM)], daemon=True
+    ).start()
     app.start_time = start_time
     return app.app
 
@@ -50,7 +57,9 @@ def end_with(parent, handler):
     while signal.getsignal(signal.SIGTERM) is handler:  # the server has not set its own yet
         time.sleep(0.01)
     # A connection accepted just now is not told to end, and a client that keeps asking would keep it for five seconds.
-    app.app.after_request_funcs[None] = [lambda answer: answer.headers.set("Connection", "close") or answer]
+    app.app.after_request_funcs[None] = [
+        lambda answer: answer.headers.set("Connection", "close") or answer
+    ]
     signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
 
 
@@ -67,9 +76,13 @@ def main():
         with socket.create_server((host, port), **family) as free:
             address = free.getsockname()[0]
     except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"HOST is {host!r} and PORT is {port}: {error}; set an address and a free port of this machine")
+        sys.exit(
+            f"HOST is {host!r} and PORT is {port}: {error}; set an address and a free port of this machine"
+        )
 
-    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # the C library looks up a name for ten seconds
+    os.environ.setdefault(
+        "RES_OPTIONS", "timeout:1 attempts:1"
+    )  # the C library looks up a name for ten seconds
     server = Server(
         "app:app",
         address=address,
@@ -87,10 +100,30 @@ def main():
         log_access_format="%(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     )
     server.pipe = multiprocessing.Pipe(duplex=False)
-    if hasattr(signal, "SIGHUP"):  # not on Windows; the server would take a closed terminal for a reload
-        server.on_startup(functools.partial(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP)))
-    version, at = setting("BUILD_VERSION", "dev"), f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    shown = redis_at and (redis_at.get("unix_socket_path") or "{host}:{port}/{db}".format(**redis_at))
-    app.app.logger.info("lab25-web %s on %s, workers: %s, Redis: %s", version, at, workers, shown or "none, no counter")
+    if hasattr(
+        signal, "SIGHUP"
+    ):  # not on Windows; the server would take a closed terminal for a reload
+        server.on_startup(
+            functools.partial(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP))
+        )
+    version, at = (
+        setting("BUILD_VERSION", "dev"),
+        f"http://{f'[{host}]' if ':' in host else host}:{port}",
+    )
+    shown = redis_at and (
+        redis_at.get("unix_socket_path") or "{host}:{port}/{db}".format(**redis_at)
+    )
+    app.app.logger.info(
+        "lab25-web %s on %s, workers: %s, Redis: %s",
+        version,
+        at,
+        workers,
+        shown or "none, no counter",
+    )
     gc.freeze()  # a collection in one worker would unshare the memory of all: 78 MiB instead of 59
-    sys.exit(server.serve(target_loader=functools.partial(in_worker, app.start_time, *server.pipe), wrap_loader=False))
+    sys.exit(
+        server.serve(
+            target_loader=functools.partial(in_worker, app.start_time, *server.pipe),
+            wrap_loader=False,
+        )
+    )

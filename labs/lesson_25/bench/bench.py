@@ -23,41 +23,99 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 
-import clients
-import engine
-import limits
-from clients import NO_ANSWER_SECONDS, every_hit_counts, probe, seconds_to, timed
-from engine import docker
-from registry import private_registry
+from harness import clients, engine, limits
+from harness.clients import NO_ANSWER_SECONDS, every_hit_counts, probe, seconds_to, timed
+from harness.engine import docker
+from harness.registry import private_registry
 
 PROBES, MISSED = 24, "**missed:"
 # Figures and limits are in seconds and bytes, and shown in the row's unit; `bar` is the row's name in the chart.
 UNITS = {"MB": 1e6, "kB": 1e3, "MiB": 2**20, "s": 1, "ms": 1e-3, "/s": 1, f"of {PROBES}": 1}
 Row = collections.namedtuple("Row", "key what unit under ratio bar", defaults=[None] * 3)
 ROWS = [
-    Row("layers", "layers over the base image, unpacked", "MB", limits.LAYERS_OVER_BASE_BYTES,
-        limits.LAYERS_OVER_BASE_RATIO, "layers over the base"),
-    Row("pull", "whole image to pull, compressed", "MB", limits.WHOLE_IMAGE_BYTES, limits.WHOLE_IMAGE_RATIO,
-        "image to pull"),
-    Row("rebuild", "rebuild after a change of `app.py`", "s", limits.REBUILD_SECONDS, bar="rebuild"),
+    Row(
+        "layers",
+        "layers over the base image, unpacked",
+        "MB",
+        limits.LAYERS_OVER_BASE_BYTES,
+        limits.LAYERS_OVER_BASE_RATIO,
+        "layers over the base",
+    ),
+    Row(
+        "pull",
+        "whole image to pull, compressed",
+        "MB",
+        limits.WHOLE_IMAGE_BYTES,
+        limits.WHOLE_IMAGE_RATIO,
+        "image to pull",
+    ),
+    Row(
+        "rebuild", "rebuild after a change of `app.py`", "s", limits.REBUILD_SECONDS, bar="rebuild"
+    ),
     Row("push", "pushed again after it", "kB", limits.PUSHED_AGAIN_BYTES, bar="pushed again"),
     Row("up", "`up -d --wait`, images present", "s", limits.UP_SECONDS, bar="up"),
     Row("stop", "`docker stop`, idle", "s", limits.STOP_SECONDS, bar="stop"),
-    Row("rate", "`GET /`, 16 connections", "/s", ratio=limits.THROUGHPUT_RATIO, bar="time of a GET /"),
+    Row(
+        "rate",
+        "`GET /`, 16 connections",
+        "/s",
+        ratio=limits.THROUGHPUT_RATIO,
+        bar="time of a GET /",
+    ),
     Row("rate_p99", "99th percentile of it", "ms", bar="99th percentile"),
-    Row("direct", "`GET /` at the container's own address", "/s", None, limits.THROUGHPUT_DIRECT_RATIO, "own address"),
+    Row(
+        "direct",
+        "`GET /` at the container's own address",
+        "/s",
+        None,
+        limits.THROUGHPUT_DIRECT_RATIO,
+        "own address",
+    ),
     Row("uncounted", "the same with the counter off", "/s", bar="counter off"),
-    Row("calm_p99", "99th percentile at 200 requests a second", "ms", ratio=limits.P99_RATIO, bar="99th at 200/s"),
-    Row("memory", "memory of the web container, idle", "MiB", limits.IDLE_MEMORY_BYTES, bar="memory, idle"),
-    Row("memory_after", "the same after the load", "MiB", limits.IDLE_MEMORY_BYTES, bar="memory, later"),
-    Row("slow", "`/health` while 200 slow clients hold connections open", "s", limits.AT_ONCE_SECONDS),
-    Row("late", "`/health` alone, Redis frozen: answers after more than 0.1 s", f"of {PROBES}", limits.WORKERS + 1),
+    Row(
+        "calm_p99",
+        "99th percentile at 200 requests a second",
+        "ms",
+        ratio=limits.P99_RATIO,
+        bar="99th at 200/s",
+    ),
+    Row(
+        "memory",
+        "memory of the web container, idle",
+        "MiB",
+        limits.IDLE_MEMORY_BYTES,
+        bar="memory, idle",
+    ),
+    Row(
+        "memory_after",
+        "the same after the load",
+        "MiB",
+        limits.IDLE_MEMORY_BYTES,
+        bar="memory, later",
+    ),
+    Row(
+        "slow",
+        "`/health` while 200 slow clients hold connections open",
+        "s",
+        limits.AT_ONCE_SECONDS,
+    ),
+    Row(
+        "late",
+        "`/health` alone, Redis frozen: answers after more than 0.1 s",
+        f"of {PROBES}",
+        limits.WORKERS + 1,
+    ),
     Row("alone", "the slowest of them", "s", limits.FIRST_WAIT_SECONDS),
-    Row("beside", "`/health` with Redis frozen and 64 clients on `/`", "s", limits.FIRST_WAIT_SECONDS),
+    Row(
+        "beside",
+        "`/health` with Redis frozen and 64 clients on `/`",
+        "s",
+        limits.FIRST_WAIT_SECONDS,
+    ),
     Row("stopped_first", "`/` with Redis stopped, the first answer", "s"),
     Row("stopped", "`/` with Redis stopped, slowest of the next ten", "s", limits.AT_ONCE_SECONDS),
     Row("failover", "every hit counted again after Redis moved", "s", limits.BACK_WITHIN_SECONDS),
-]  # fmt: skip
+]
 
 
 def at_full_speed(address, seconds):
@@ -74,9 +132,16 @@ class Side:
     """One of the two that are compared: its image, its stack, and lists of figures by the key of their row."""
 
     def __init__(self, name, dockerfile, folder, override=""):
-        self.name, self.dockerfile, self.folder, self.tag = name, dockerfile, folder, name.replace(" ", "-")
+        self.name, self.dockerfile, self.folder, self.tag = (
+            name,
+            dockerfile,
+            folder,
+            name.replace(" ", "-"),
+        )
         self.image, self.figures = f"{engine.RUN}:{self.tag}", collections.defaultdict(list)
-        self.stack = engine.Stack(folder, engine.LOCAL_FILE, web=f"    image: {self.image}\n{override}")
+        self.stack = engine.Stack(
+            folder, engine.LOCAL_FILE, web=f"    image: {self.image}\n{override}"
+        )
         self.port = self.stack.port
 
     def note(self, **figures):
@@ -96,7 +161,11 @@ class Side:
             changed = f"{self.tag}-changed", "--file", self.dockerfile
             self.note(rebuild=timed(engine.build, *changed, context=context))
         registry.push(f"{self.image}-changed", "bench", "changed")
-        pushed = sum(size for digest, size in registry.blobs("bench", "changed").items() if digest not in there)
+        pushed = sum(
+            size
+            for digest, size in registry.blobs("bench", "changed").items()
+            if digest not in there
+        )
         self.note(layers=engine.bytes_over_base(self.image), pull=sum(there.values()), push=pushed)
 
     def start_and_stop(self, times):
@@ -123,7 +192,9 @@ class Side:
         command = ["hey", "-z", f"{seconds}s", "-c", "10", "-q", "20", f"http://{published}/"]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         ((status, answered),) = re.findall(r"\[(\d+)]\s+(\d+) responses", output)
-        assert status == "200" and int(answered) > 0.9 * 200 * seconds, f"200 a second were not held:\n{output}"
+        assert status == "200" and int(answered) > 0.9 * 200 * seconds, (
+            f"200 a second were not held:\n{output}"
+        )
         self.note(calm_p99=float(re.search(r"99% in ([\d.]+) secs", output)[1]))
 
     def slow_clients(self):
@@ -142,7 +213,9 @@ class Side:
 
     def stopped_redis(self):
         docker("stop", self.redis.name)
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # so many that every worker meets the outage
+        with concurrent.futures.ThreadPoolExecutor(
+            16
+        ) as pool:  # so many that every worker meets the outage
             self.note(stopped_first=max(pool.map(seconds_to, [self.port] * 16)))
         self.note(stopped=max(seconds_to(self.port) for _ in range(10)))
         docker("start", self.redis.name)
@@ -151,7 +224,12 @@ class Side:
     def redis_moved(self):
         with self.stack.redis_moved():
             try:
-                again = timed(clients.eventually, lambda: every_hit_counts(self.port), NO_ANSWER_SECONDS, every=0)
+                again = timed(
+                    clients.eventually,
+                    lambda: every_hit_counts(self.port),
+                    NO_ANSWER_SECONDS,
+                    every=0,
+                )
             except AssertionError:
                 again = math.inf
         self.note(failover=again)
@@ -171,7 +249,9 @@ def shown(unit, figures):
         return f"not in {NO_ANSWER_SECONDS} s"
     form = "{:.0f}".format if unit.startswith("of") else digits
     low, median, high = (form(of(figures) / UNITS[unit]) for of in (min, statistics.median, max))
-    return f"{median}{'' if unit == '/s' else ' '}{unit}" + (f" ({low}-{high})" if len(figures) > 1 else "")
+    return f"{median}{'' if unit == '/s' else ' '}{unit}" + (
+        f" ({low}-{high})" if len(figures) > 1 else ""
+    )
 
 
 def table(lesson, single):
@@ -183,17 +263,31 @@ def table(lesson, single):
         ours, theirs = map(statistics.median, both)
         ratio = ours / theirs if theirs and max(ours, theirs) < math.inf else 0
         more = row.unit == "/s"  # is better
-        missed = [f"under {row.under / UNITS[row.unit]:.3g} {row.unit}"] if row.under and ours >= row.under else []
+        missed = (
+            [f"under {row.under / UNITS[row.unit]:.3g} {row.unit}"]
+            if row.under and ours >= row.under
+            else []
+        )
         if row.ratio and (ratio >= row.ratio) != more:
             missed.append(f"ratio {'at least' if more else 'under'} {row.ratio:.3g}")
         if row.bar:
             bars[row.bar] = 100 / ratio if more else 100 * ratio
         what = f"{row.what} {MISSED} {', '.join(missed)}**" if missed else row.what
-        cells = [what, *(shown(row.unit, figures) for figures in both), digits(ratio) if ratio else ""]
+        cells = [
+            what,
+            *(shown(row.unit, figures) for figures in both),
+            digits(ratio) if ratio else "",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "```mermaid", '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#2f81f7"}}}}%%']
+    lines += [
+        "",
+        "```mermaid",
+        '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#2f81f7"}}}}%%',
+    ]
     lines += ["xychart-beta horizontal", f"    x-axis {[*bars]}".replace("'", '"')]
-    lines.append(f'    y-axis "percent of the single stage" 0 --> {50 * math.ceil(max(bars.values()) / 50)}')
+    lines.append(
+        f'    y-axis "percent of the single stage" 0 --> {50 * math.ceil(max(bars.values()) / 50)}'
+    )
     lines += [f"    bar [{', '.join(map(digits, bars.values()))}]", "```"]
     return "\n".join(lines)
 
@@ -207,7 +301,8 @@ def conditions(lesson):
         "Compose " + docker("compose", "version", "--short").stdout,
         lesson.web.run("python", "--version").stdout,
         lesson.web.python(program),
-        "Redis " + lesson.redis.run("redis-server", "--version").stdout.split()[2].removeprefix("v="),
+        "Redis "
+        + lesson.redis.run("redis-server", "--version").stdout.split()[2].removeprefix("v="),
     ]
     made_with = ", ".join(part.strip() for part in parts)
     return f"{made_with}. Medians (lowest-highest). Ratio: this lesson's figure divided by the single stage's."
@@ -223,16 +318,26 @@ def measure(rounds, seconds):
         # The development server starts a thread for each connection: 200 slow clients need more than the stack allows.
         dockerfile = pathlib.Path(__file__).with_name("Dockerfile.single-stage")
         single = Side("single stage", dockerfile, folder, "    pids_limit: !reset null\n")
-        often = (lesson, rounds), (single, 1)  # once where the single stage takes up to half a minute
+        often = (
+            (lesson, rounds),
+            (single, 1),
+        )  # once where the single stage takes up to half a minute
         steps = [(Side.image_and_change, side, registry, times) for side, times in often]
         steps += [(Side.start_and_stop, side, times) for side, times in often]
         steps += [(Side.load, side, seconds) for _ in range(rounds) for side in (lesson, single)]
         for side, _ in often:
             cleanup.callback(side.stack.down, "--volumes")
-            steps += [(Side.slow_clients, side), (Side.frozen_redis, side, 0), (Side.frozen_redis, side, 64)]
+            steps += [
+                (Side.slow_clients, side),
+                (Side.frozen_redis, side, 0),
+                (Side.frozen_redis, side, 64),
+            ]
             steps += [(Side.stopped_redis, side), (Side.redis_moved, side)]
         for number, (step, side, *values) in enumerate(steps, 1):
-            print(f"bench: {number} of {len(steps)}, {side.name}: {step.__name__.replace('_', ' ')}", file=sys.stderr)
+            print(
+                f"bench: {number} of {len(steps)}, {side.name}: {step.__name__.replace('_', ' ')}",
+                file=sys.stderr,
+            )
             step(side, *values)
         return f"{conditions(lesson)}\n\n{table(lesson, single)}"
 
@@ -240,10 +345,18 @@ def measure(rounds, seconds):
 def main():
     """Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="how often what varies is measured (default 5)")
-    parser.add_argument("--seconds", type=int, default=5, help="how long a round of load lasts (default 5)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="how often what varies is measured (default 5)"
+    )
+    parser.add_argument(
+        "--seconds", type=int, default=5, help="how long a round of load lasts (default 5)"
+    )
     options = parser.parse_args()
-    missing = [f"{name} is missing: apt-get install {name}" for name in ("wrk", "hey") if not shutil.which(name)]
+    missing = [
+        f"{name} is missing: apt-get install {name}"
+        for name in ("wrk", "hey")
+        if not shutil.which(name)
+    ]
     if problem := "\n".join(missing) or engine.problem():
         parser.exit(2, f"bench: {problem}\n")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it cleans up, as after Ctrl-C

@@ -8,10 +8,10 @@ import fakeredis
 import pytest
 
 import app as lab25
-import engine
-from registry import private_registry
+from harness import engine
+from harness.registry import private_registry
 
-pytest_plugins = ["checklist"]
+pytest_plugins = ["harness.checklist"]
 
 BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
@@ -31,7 +31,9 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("engine") and (problem := engine.problem()):
         if os.environ.get("LAB25_ENGINE") == "required":
-            pytest.fail(f"LAB25_ENGINE=required, but there is no Docker Engine: {problem}", pytrace=False)
+            pytest.fail(
+                f"LAB25_ENGINE=required, but there is no Docker Engine: {problem}", pytrace=False
+            )
         pytest.skip(f"no Docker Engine: {problem}")
 
 
@@ -65,7 +67,9 @@ def redis_server(app, monkeypatch):
 @pytest.fixture
 def context(tmp_path):
     """A copy of the build context, to be changed."""
-    return shutil.copytree(engine.CONTEXT, tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    return shutil.copytree(
+        engine.CONTEXT, tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__")
+    )
 
 
 @pytest.fixture(scope="session")

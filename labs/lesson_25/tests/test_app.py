@@ -12,9 +12,9 @@ import fakeredis
 import pytest
 import redis
 
-from clients import eventually, serving
-from engine import free_port
-from limits import PATIENCE_SECONDS
+from harness.clients import eventually, serving
+from harness.engine import free_port
+from harness.limits import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def peer(monkeypatch):
 
         def start(answer):
             def handle(connection, *_):
-                while (said := connection.recv(4096)) and (speech := answer(connection, said)) is not None:
+                while (said := connection.recv(4096)) and (
+                    speech := answer(connection, said)
+                ) is not None:
                     connection.sendall(speech)
 
             server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), handle)
@@ -54,10 +56,17 @@ def counts_within(client, seconds=PATIENCE_SECONDS):
     [
         ({}, "dev", "dev", "unknown"),
         ({"LAB_ENV": "", "BUILD_VERSION": "", "BUILD_DATE": ""}, "dev", "dev", "unknown"),
-        ({"LAB_ENV": "prod", "BUILD_VERSION": "0a1b2c3", "BUILD_DATE": "2025-11-24"}, "prod", "0a1b2c3", "2025-11-24"),
+        (
+            {"LAB_ENV": "prod", "BUILD_VERSION": "0a1b2c3", "BUILD_DATE": "2025-11-24"},
+            "prod",
+            "0a1b2c3",
+            "2025-11-24",
+        ),
     ],
 )
-def test_both_routes_answer_with_every_field(client, redis_server, monkeypatch, settings, env, version, build_date):
+def test_both_routes_answer_with_every_field(
+    client, redis_server, monkeypatch, settings, env, version, build_date
+):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     index = client.get("/", headers={"Host": "lab25.example:8080"})
@@ -66,7 +75,13 @@ def test_both_routes_answer_with_every_field(client, redis_server, monkeypatch, 
     health = client.get("/health")
     answer = health.json
     assert isinstance(answer.pop("uptime_seconds"), int) and isinstance(answer.pop("hostname"), str)
-    assert answer == {"status": "ok", "env": env, "redis_ok": True, "version": version, "build_date": build_date}
+    assert answer == {
+        "status": "ok",
+        "env": env,
+        "redis_ok": True,
+        "version": version,
+        "build_date": build_date,
+    }
     for response in (index, health):
         assert (response.status_code, response.content_type) == (200, "application/json")
 
@@ -87,7 +102,9 @@ def test_counts_nothing_where_redis_is_not_configured(client, monkeypatch):
 # The four seams
 
 
-def test_follows_a_replaced_client_at_once_whatever_the_environment_says(app, client, redis_server, monkeypatch):
+def test_follows_a_replaced_client_at_once_whatever_the_environment_says(
+    app, client, redis_server, monkeypatch
+):
     monkeypatch.setenv("REDIS_PORT", "nonsense")
     redis_server.connected = False
     assert hit(client)[0] is None
@@ -99,7 +116,9 @@ def test_follows_a_replaced_client_at_once_whatever_the_environment_says(app, cl
     assert hit(client)[1] is None
 
 
-def test_follows_a_replaced_class_at_once_though_a_client_of_another_is_there(app, client, monkeypatch):
+def test_follows_a_replaced_class_at_once_though_a_client_of_another_is_there(
+    app, client, monkeypatch
+):
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
     monkeypatch.setenv("REDIS_PORT", str(free_port()))
     assert "refused" in hit(client)[1].lower()
@@ -110,7 +129,9 @@ def test_follows_a_replaced_class_at_once_though_a_client_of_another_is_there(ap
     assert hit(client)[0] is None and app.get_redis_client() is None
 
 
-def test_serves_without_the_redis_package_and_says_so_where_redis_is_configured(app, client, monkeypatch):
+def test_serves_without_the_redis_package_and_says_so_where_redis_is_configured(
+    app, client, monkeypatch
+):
     monkeypatch.setattr(app, "redis", None)
     assert hit(client) == (None, None)
     for variable in ("REDIS_HOST", "REDIS_URL"):
@@ -222,7 +243,9 @@ def test_connections_to_where_redis_was_cost_no_second_outage(app, client, monke
     old, moved, together = [], threading.Event(), threading.Barrier(3)
     monkeypatch.setattr(app, "WAIT_SECONDS", 0.5)
     peer(answer)
-    assert client.get("/health").json["redis_ok"]  # makes the client, which three hits at once would do three times
+    assert client.get("/health").json[
+        "redis_ok"
+    ]  # makes the client, which three hits at once would do three times
     assert three_hits() == [(1, None)] * 3
     moved.set()
     assert hit(client)[0] is None
@@ -230,8 +253,12 @@ def test_connections_to_where_redis_was_cost_no_second_outage(app, client, monke
     assert three_hits() == [(1, None)] * 3
 
 
-@pytest.mark.parametrize("failure", [SystemExit, KeyboardInterrupt, redis.ConnectionError, ValueError])
-def test_whatever_a_ping_raises_hits_are_counted_again(app, client, redis_server, monkeypatch, failure):
+@pytest.mark.parametrize(
+    "failure", [SystemExit, KeyboardInterrupt, redis.ConnectionError, ValueError]
+)
+def test_whatever_a_ping_raises_hits_are_counted_again(
+    app, client, redis_server, monkeypatch, failure
+):
     def ping():
         for one in failures:
             raise one
@@ -257,7 +284,9 @@ def test_serves_where_no_thread_can_be_started(app, client, redis_server, monkey
     assert hit(client) == (1, None)
 
 
-def test_a_late_failure_of_an_outage_that_is_over_makes_no_new_one(app, client, redis_server, monkeypatch, caplog):
+def test_a_late_failure_of_an_outage_that_is_over_makes_no_new_one(
+    app, client, redis_server, monkeypatch, caplog
+):
     def uneven(*arguments):
         seconds, answers = next(outcomes)
         time.sleep(seconds)
@@ -265,7 +294,9 @@ def test_a_late_failure_of_an_outage_that_is_over_makes_no_new_one(app, client, 
             raise redis.ConnectionError("Connection refused")
         return count(*arguments)
 
-    outcomes = iter([(1.2, False), (0, False), (0, True), (0, True)])  # seconds to an answer, and whether it is one
+    outcomes = iter(
+        [(1.2, False), (0, False), (0, True), (0, True)]
+    )  # seconds to an answer, and whether it is one
     count = app._redis_client.incr
     monkeypatch.setattr(app._redis_client, "incr", uneven)
     late = threading.Thread(target=hit, args=[app.app.test_client()])
@@ -278,7 +309,9 @@ def test_a_late_failure_of_an_outage_that_is_over_makes_no_new_one(app, client, 
     assert len(caplog.records) == 2
 
 
-def test_a_late_success_from_before_an_outage_does_not_end_it(app, client, redis_server, monkeypatch, caplog):
+def test_a_late_success_from_before_an_outage_does_not_end_it(
+    app, client, redis_server, monkeypatch, caplog
+):
     def slow(*arguments):
         answer = count(*arguments)
         time.sleep(0.3)
@@ -296,7 +329,9 @@ def test_a_late_success_from_before_an_outage_does_not_end_it(app, client, redis
     assert len(caplog.records) == 1
 
 
-def test_the_log_says_that_hits_are_counted_again_only_when_they_are(app, client, redis_server, monkeypatch, caplog):
+def test_the_log_says_that_hits_are_counted_again_only_when_they_are(
+    app, client, redis_server, monkeypatch, caplog
+):
     def stuck(*_):  # as in a CLIENT PAUSE WRITE: pings are answered, hits are not
         raise redis.TimeoutError("Timeout reading from socket")
 
@@ -309,7 +344,9 @@ def test_the_log_says_that_hits_are_counted_again_only_when_they_are(app, client
     assert len(caplog.records) == 1
 
 
-def test_a_key_of_the_wrong_type_is_no_outage_and_the_log_says_it_beside_one(client, redis_server, caplog):
+def test_a_key_of_the_wrong_type_is_no_outage_and_the_log_says_it_beside_one(
+    client, redis_server, caplog
+):
     other = fakeredis.FakeRedis(server=redis_server)
     other.lpush("lab25_hits", "not a number")
     for _ in range(3):
@@ -325,7 +362,9 @@ def test_a_key_of_the_wrong_type_is_no_outage_and_the_log_says_it_beside_one(cli
     assert "WRONGTYPE" in first and error in second and "back" in third
 
 
-def test_a_redis_that_fails_in_turns_does_not_fill_the_log(app, client, redis_server, monkeypatch, caplog):
+def test_a_redis_that_fails_in_turns_does_not_fill_the_log(
+    app, client, redis_server, monkeypatch, caplog
+):
     def moody(*arguments):
         if next(calls) % 2:
             raise redis.exceptions.ReadOnlyError("You can't write against a read only replica.")
@@ -345,7 +384,15 @@ def test_an_answer_that_is_no_number_is_no_count(app, client, redis_server, monk
 
 
 @pytest.mark.parametrize(
-    "speech", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"+OK\r\n", b"SSH-2.0-OpenSSH\r\n", b"$-5\r\n", b"\xff\x00", None]
+    "speech",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"+OK\r\n",
+        b"SSH-2.0-OpenSSH\r\n",
+        b"$-5\r\n",
+        b"\xff\x00",
+        None,
+    ],
 )
 def test_a_peer_that_is_no_redis_is_no_count(client, peer, speech):
     peer(lambda *_: speech)
@@ -359,12 +406,20 @@ def test_a_peer_that_is_no_redis_is_no_count(client, peer, speech):
     ("speech", "reason"),
     [
         (b"-MOVED 3035 172.19.0.4:6379\r\n", "MovedError: 3035 172.19.0.4:6379"),
-        (b"-NOPERM this user has no permissions\r\n", "NoPermissionError: this user has no permissions"),
+        (
+            b"-NOPERM this user has no permissions\r\n",
+            "NoPermissionError: this user has no permissions",
+        ),
         (b"-NOAUTH Authentication required.\r\n", "Authentication required."),
-        (b"-ERR unknown command 'AUTH', with args beginning with: 'pass-word'\r\n", "unknown command 'AUTH'"),
+        (
+            b"-ERR unknown command 'AUTH', with args beginning with: 'pass-word'\r\n",
+            "unknown command 'AUTH'",
+        ),
     ],
 )
-def test_an_error_that_redis_answers_is_named_and_shows_no_password(client, monkeypatch, peer, caplog, speech, reason):
+def test_an_error_that_redis_answers_is_named_and_shows_no_password(
+    client, monkeypatch, peer, caplog, speech, reason
+):
     peer(lambda *_: speech)
     if b"AUTH'" in speech:
         monkeypatch.setenv("REDIS_PASSWORD", "pass-word")
@@ -379,13 +434,34 @@ def test_an_error_that_redis_answers_is_named_and_shows_no_password(client, monk
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"REDIS_HOST": "r", "REDIS_PASSWORD": "p"}, {"host": "r", "port": 6379, "db": 0, "password": "p"}),
-        ({"REDIS_HOST": "::1", "REDIS_PORT": "1", "REDIS_DB": "2"}, {"host": "::1", "port": 1, "db": 2}),
-        ({"REDIS_URL": "redis://r:1/2"}, {"host": "r", "port": 1, "db": 2, "password": None, "ssl": False}),
-        ({"REDIS_URL": "redis://r", "REDIS_PORT": "tcp://10.0.0.1:6379"}, {"host": "r", "port": 6379, "db": 0}),
-        ({"REDIS_URL": "redis://:a%2Fb%40c@[::1]:1"}, {"host": "::1", "port": 1, "password": "a/b@c"}),
-        ({"REDIS_URL": "rediss://u:p@r?ssl_ca_certs=ca"}, {"username": "u", "ssl": True, "ssl_ca_certs": "ca"}),
-        ({"REDIS_URL": "unix:///run/r.sock?db=1"}, {"unix_socket_path": "/run/r.sock", "db": 1, "ssl": False}),
+        (
+            {"REDIS_HOST": "r", "REDIS_PASSWORD": "p"},
+            {"host": "r", "port": 6379, "db": 0, "password": "p"},
+        ),
+        (
+            {"REDIS_HOST": "::1", "REDIS_PORT": "1", "REDIS_DB": "2"},
+            {"host": "::1", "port": 1, "db": 2},
+        ),
+        (
+            {"REDIS_URL": "redis://r:1/2"},
+            {"host": "r", "port": 1, "db": 2, "password": None, "ssl": False},
+        ),
+        (
+            {"REDIS_URL": "redis://r", "REDIS_PORT": "tcp://10.0.0.1:6379"},
+            {"host": "r", "port": 6379, "db": 0},
+        ),
+        (
+            {"REDIS_URL": "redis://:a%2Fb%40c@[::1]:1"},
+            {"host": "::1", "port": 1, "password": "a/b@c"},
+        ),
+        (
+            {"REDIS_URL": "rediss://u:p@r?ssl_ca_certs=ca"},
+            {"username": "u", "ssl": True, "ssl_ca_certs": "ca"},
+        ),
+        (
+            {"REDIS_URL": "unix:///run/r.sock?db=1"},
+            {"unix_socket_path": "/run/r.sock", "db": 1, "ssl": False},
+        ),
         ({"REDIS_URL": "redis://u@r", "REDIS_PASSWORD": "p"}, {"username": "u", "password": "p"}),
     ],
 )
@@ -393,14 +469,18 @@ def test_redis_is_where_the_variables_say(app, monkeypatch, settings, expected):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     calls = []
-    monkeypatch.setattr(app.redis, "Redis", lambda **options: calls.append(options) or fakeredis.FakeRedis())
+    monkeypatch.setattr(
+        app.redis, "Redis", lambda **options: calls.append(options) or fakeredis.FakeRedis()
+    )
     assert app.get_redis_client() is app.get_redis_client()
     (options,) = calls
     assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("content", ["pass word", "pass word\n", "pass word\r\n"])
-def test_the_password_is_what_the_file_holds_without_its_line_end(app, monkeypatch, tmp_path, content):
+def test_the_password_is_what_the_file_holds_without_its_line_end(
+    app, monkeypatch, tmp_path, content
+):
     (tmp_path / "password").write_bytes(content.encode())
     monkeypatch.setenv("REDIS_HOST", "redis.example")
     monkeypatch.setenv("REDIS_PASSWORD_FILE", str(tmp_path / "password"))
@@ -410,10 +490,16 @@ def test_the_password_is_what_the_file_holds_without_its_line_end(app, monkeypat
 # What HTTP asks for
 
 
-@pytest.mark.parametrize("path", ["/nope", "/health/", "/Health", "/static/app.py", "/%ff", "/%0d%0aX-Planted:%201"])
+@pytest.mark.parametrize(
+    "path", ["/nope", "/health/", "/Health", "/static/app.py", "/%ff", "/%0d%0aX-Planted:%201"]
+)
 def test_an_unknown_path_is_404_as_json(client, path):
     response = client.get(path)
-    assert (response.status_code, response.content_type, set(response.json)) == (404, "application/json", {"error"})
+    assert (response.status_code, response.content_type, set(response.json)) == (
+        404,
+        "application/json",
+        {"error"},
+    )
     assert isinstance(response.json["error"], str) and "X-Planted" not in response.headers
 
 
@@ -421,7 +507,11 @@ def test_an_unknown_path_is_404_as_json(client, path):
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW"])
 def test_a_wrong_method_is_405_and_says_what_is_allowed(client, redis_server, path, method):
     response = client.open(path, method=method)
-    assert (response.status_code, response.content_type, set(response.json)) == (405, "application/json", {"error"})
+    assert (response.status_code, response.content_type, set(response.json)) == (
+        405,
+        "application/json",
+        {"error"},
+    )
     assert set(response.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
     assert hit(client) == (1, None)
 
@@ -435,12 +525,18 @@ def test_head_and_options_have_no_body_and_count_nothing(client, redis_server, p
     assert hit(client) == (1, None)
 
 
-def test_a_crash_is_a_500_that_leaks_nothing_and_a_logged_traceback(app, client, monkeypatch, caplog):
+def test_a_crash_is_a_500_that_leaks_nothing_and_a_logged_traceback(
+    app, client, monkeypatch, caplog
+):
     def crash(*_):
         raise LookupError("secret detail")
 
     monkeypatch.setattr(app.socket, "gethostname", crash)
     response = client.get("/health")
-    assert (response.status_code, response.content_type, set(response.json)) == (500, "application/json", {"error"})
+    assert (response.status_code, response.content_type, set(response.json)) == (
+        500,
+        "application/json",
+        {"error"},
+    )
     assert "secret" not in response.text and "Traceback" not in response.text
     assert "Traceback" in caplog.text and "secret detail" in caplog.text

@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from clients import FAILURES, probe, slow_clients
-from limits import AT_ONCE_SECONDS, MEMORY_LIMITS_BYTES
+from harness.clients import FAILURES, probe, slow_clients
+from harness.limits import AT_ONCE_SECONDS, MEMORY_LIMITS_BYTES
 
 pytestmark = pytest.mark.engine
 
@@ -20,9 +20,13 @@ def web(stack):
     after = made.inspect()
     assert (after["State"]["Pid"], after["RestartCount"]) == (before["State"]["Pid"], 0)
     assert stack.get("/health").status == 200
-    files = "/sys/fs/cgroup/memory.peak", "/sys/fs/cgroup/memory/memory.max_usage_in_bytes"  # of either version
+    files = (
+        "/sys/fs/cgroup/memory.peak",
+        "/sys/fs/cgroup/memory/memory.max_usage_in_bytes",
+    )  # of either version
     assert (
-        int(made.run("sh", "-c", f"cat {files[0]} 2>/dev/null || cat {files[1]}").stdout) < MEMORY_LIMITS_BYTES["web"]
+        int(made.run("sh", "-c", f"cat {files[0]} 2>/dev/null || cat {files[1]}").stdout)
+        < MEMORY_LIMITS_BYTES["web"]
     )
     assert made.log() == log
 
@@ -32,14 +36,30 @@ def web(stack):
     [
         pytest.param(b"nonsense\r\n\r\n", {400}, id="no-request-line"),
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", {400}, id="tls"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n", {400}, id="malformed-header"),
-        pytest.param(b"GET / HTTP/1.1\r\nX: " + b"a" * 200_000 + b"\r\n\r\n", {0, 431}, id="huge-header"),
-        pytest.param(b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 5_000 + b"\r\n", {0, 431}, id="thousands-of-headers"),
-        pytest.param(b"GET /%0d%0aX-Planted:%201 HTTP/1.1\r\nHost: a\r\n\r\n", {404}, id="crlf-in-path"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n", {200, 400}, id="invalid-utf-8-in-host"),
+        pytest.param(
+            b"GET / HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n", {400}, id="malformed-header"
+        ),
+        pytest.param(
+            b"GET / HTTP/1.1\r\nX: " + b"a" * 200_000 + b"\r\n\r\n", {0, 431}, id="huge-header"
+        ),
+        pytest.param(
+            b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 5_000 + b"\r\n",
+            {0, 431},
+            id="thousands-of-headers",
+        ),
+        pytest.param(
+            b"GET /%0d%0aX-Planted:%201 HTTP/1.1\r\nHost: a\r\n\r\n", {404}, id="crlf-in-path"
+        ),
+        pytest.param(
+            b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n", {200, 400}, id="invalid-utf-8-in-host"
+        ),
         pytest.param(b"GET / HTTP/1.0\r\n\r\n", {200}, id="http-1.0"),
         pytest.param(b"BREW / HTTP/1.1\r\nHost: a\r\n\r\n", {405}, id="unknown-method"),
-        pytest.param(b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n" + b"a" * 99_999, {405}, id="huge-body"),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n" + b"a" * 99_999,
+            {405},
+            id="huge-body",
+        ),
     ],
 )
 def test_a_bad_request_gets_a_short_answer(stack, web, request_bytes, statuses):
@@ -65,4 +85,6 @@ def test_two_hundred_slow_clients_keep_nobody_waiting(stack, web):
     with slow_clients(stack.port) as slow:
         assert max(probe(stack.port, times=20, every=0.2)) < AT_ONCE_SECONDS
         slow[0].settimeout(15)
-        slow[0].recv(4096)  # raises TimeoutError where the server has not ended the connection by then
+        slow[0].recv(
+            4096
+        )  # raises TimeoutError where the server has not ended the connection by then

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-import limits
-from clients import Visitors, counted, eventually, every_hit_counts, probe
-from engine import container, docker, kill, ping, redis_in
+from harness import limits
+from harness.clients import Visitors, counted, eventually, every_hit_counts, probe
+from harness.engine import container, docker, kill, ping, redis_in
 
 pytestmark = pytest.mark.engine
 
@@ -28,7 +28,11 @@ def test_redis_going_nine_times_costs_no_answer_and_no_number(stack):
         docker("start", redis.name)
 
     with Visitors(stack.port) as visitors:
-        for fault in [stop_and_start, lambda: kill(redis.name), lambda: docker("restart", redis.name)] * 3:
+        for fault in [
+            stop_and_start,
+            lambda: kill(redis.name),
+            lambda: docker("restart", redis.name),
+        ] * 3:
             fault()
             eventually(lambda: ping(redis))
             stack.hits()
@@ -39,7 +43,9 @@ def test_redis_going_nine_times_costs_no_answer_and_no_number(stack):
     assert stack.hits() > max(everyone)
     new = web.log().splitlines()[lines:]
     gone = [line for line in new if "Redis failed" in line]
-    assert 4 <= len(gone) <= 36, "at most two reasons for each fault and worker, and fewer where faults come quickly"
+    assert 4 <= len(gone) <= 36, (
+        "at most two reasons for each fault and worker, and fewer where faults come quickly"
+    )
     assert len(new) <= 2 * len(gone)
 
 
@@ -81,7 +87,9 @@ def test_the_log_says_for_each_worker_that_redis_went_and_that_hits_are_counted_
             return len([line for line in web.log().splitlines()[lines:] if words in line])
 
         with redis.frozen():
-            eventually(lambda: told("Redis failed, hits are not counted: Timeout") == limits.WORKERS)
+            eventually(
+                lambda: told("Redis failed, hits are not counted: Timeout") == limits.WORKERS
+            )
         eventually(lambda: told("Redis is back, hits are counted again") == limits.WORKERS)
     assert told("") == 2 * limits.WORKERS
 
@@ -93,7 +101,9 @@ def test_hits_are_counted_where_redis_has_moved_while_the_old_one_lives_on_as_a_
     eventually(lambda: every_hit_counts(stack.port))
 
 
-@pytest.mark.parametrize("options", [[], ["--dns", "192.0.2.1"]], ids=["no-such-name", "no-answer-to-the-look-up"])
+@pytest.mark.parametrize(
+    "options", [[], ["--dns", "192.0.2.1"]], ids=["no-such-name", "no-answer-to-the-look-up"]
+)
 def test_a_name_that_leads_nowhere_is_named_and_hits_count_once_it_does(image, network, options):
     options = ["--network", network, "--env", "REDIS_HOST=redis", *options]
     with container(image, *options) as web, Visitors(web.port(), count=16) as visitors:
@@ -116,13 +126,17 @@ def test_a_killed_worker_is_replaced_while_the_other_answers(stack):
     with Visitors(stack.port, count=4) as visitors:
         time.sleep(0.5)
         web.python(f"import os; os.kill({before[0]}, 9)")
-        after = eventually(lambda: (now := web.python(workers).split()) != before and len(now) == 2 and now)
+        after = eventually(
+            lambda: (now := web.python(workers).split()) != before and len(now) == 2 and now
+        )
         time.sleep(1)
         uptimes = [stack.get("/health").json["uptime_seconds"] for _ in range(20)]
     assert before[1] in after
     assert min(uptimes) >= uptime
     assert max(uptimes) - min(uptimes) <= 1, "the same whichever worker answers"
-    assert len(visitors.failures) <= 8, "of each client what the dead worker held, and what still reached its socket"
+    assert len(visitors.failures) <= 8, (
+        "of each client what the dead worker held, and what still reached its socket"
+    )
     assert web.inspect()["RestartCount"] == 0
 
 
@@ -169,9 +183,13 @@ def test_sigterm_under_load_leaves_no_accepted_request_without_an_answer(image, 
             eventually(lambda: "asking" in client.log())
             time.sleep(2)
             docker("stop", web.name)
-            assert web.inspect()["State"]["ExitCode"] == 0  # not killed, as what needs ten seconds is
+            assert (
+                web.inspect()["State"]["ExitCode"] == 0
+            )  # not killed, as what needs ten seconds is
             docker("wait", client.name)
-            outcomes = json.loads(client.log().removeprefix("asking\n"))  # a traceback would be no JSON
+            outcomes = json.loads(
+                client.log().removeprefix("asking\n")
+            )  # a traceback would be no JSON
         hits = int(redis.run("redis-cli", "get", "lab25_hits").stdout)
     assert outcomes["counted"] == hits > 100
     assert outcomes.get("closed", 0) <= 16

@@ -13,14 +13,16 @@ import sys
 import pytest
 from test_swarm import kernel_lacks
 
-import checklist
-from checklist import REPOSITORY
-from clients import FAILURES, eventually, serving
-from engine import REDIS, RUN, container, docker, free_port, remove_images
+from harness import checklist
+from harness.checklist import REPOSITORY
+from harness.clients import FAILURES, eventually, serving
+from harness.engine import REDIS, RUN, container, docker, free_port, remove_images
 
 TEXTS = ["lesson_25.md", "README.md"]
 REASONS = {"never ends", "needs GitHub", "needs a swarm", "runs the tests", "runs the benchmark"}
-BLOCK = re.compile(r"^(?:<!-- (?P<mark>.*?) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<mark>.*?) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S
+)
 
 
 def content(text):
@@ -29,7 +31,9 @@ def content(text):
 
 def blocks(content):
     """Return the (mark, kind, body) of each fenced block, in order."""
-    return [(match["mark"] or "", match["kind"], match["body"]) for match in BLOCK.finditer(content)]
+    return [
+        (match["mark"] or "", match["kind"], match["body"]) for match in BLOCK.finditer(content)
+    ]
 
 
 # The boxes
@@ -38,15 +42,28 @@ def blocks(content):
 def test_every_box_names_a_test_that_exists_or_is_the_readers():
     assert len(checklist.boxes()) >= 10
     for claim, tests in checklist.boxes():
-        assert bool(tests) != claim.startswith("My "), f"a test proves it, or the reader sees it: {claim}"
+        assert bool(tests) != claim.startswith("My "), (
+            f"a test proves it, or the reader sees it: {claim}"
+        )
         for test in tests:
             path, name = test.split("::")
-            functions = [node.name for node in ast.parse((REPOSITORY / path).read_text()).body if hasattr(node, "name")]
+            functions = [
+                node.name
+                for node in ast.parse((REPOSITORY / path).read_text()).body
+                if hasattr(node, "name")
+            ]
             assert name in functions, f"{test} does not exist, though it shall prove: {claim}"
 
 
 def test_a_run_ends_with_the_boxes():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "labs/lesson_25/tests/test_files.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "labs/lesson_25/tests/test_workflow.py",
+    ]
     shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
     assert "[x] A pull request publishes nothing, " in shown
     assert "[ ] It runs as `appuser`, not as root (not run)\n" in shown
@@ -58,7 +75,9 @@ def test_a_run_ends_with_the_boxes():
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_file_shown_is_the_file(text):
     for mark, kind, body in blocks(content(text)):
-        assert kind in {"sh", "text", "mermaid", "python", "yaml", "dockerfile"}, f"what is a {kind!r} block?"
+        assert kind in {"sh", "text", "mermaid", "python", "yaml", "dockerfile"}, (
+            f"what is a {kind!r} block?"
+        )
         if kind in {"python", "yaml", "dockerfile"}:
             path = re.fullmatch(r"from: (\S+)", mark)
             assert path, f"which file is this of?\n{body}"
@@ -74,14 +93,18 @@ def test_every_command_left_out_says_why(text):
 
 def test_what_the_reader_shall_break_is_there():
     app = (REPOSITORY / "labs/lesson_25/app/app.py").read_text()
-    lines = re.findall(r"sed -i\.bak 's/(.*?)/.*/' labs/lesson_25/app/app\.py", content("lesson_25.md"))
+    lines = re.findall(
+        r"sed -i\.bak 's/(.*?)/.*/' labs/lesson_25/app/app\.py", content("lesson_25.md")
+    )
     assert [app.count(line) for line in lines] == [1, 1]
 
 
 def test_the_sizes_in_the_lesson_are_those_of_the_benchmark():
     row = r"layers over the base image, unpacked \| ([\d.]+) MB \| (\d+) MB"
     ours, single_stage = re.search(row, content("README.md")).groups()
-    assert f"Over {int(single_stage) // 100}00 MB became some {float(ours):.0f}." in content("lesson_25.md")
+    assert f"Over {int(single_stage) // 100}00 MB became some {float(ours):.0f}." in content(
+        "lesson_25.md"
+    )
 
 
 # What is run
@@ -91,7 +114,9 @@ def test_the_sizes_in_the_lesson_are_those_of_the_benchmark():
 def own_copy(tmp_path, registry, monkeypatch):
     """A clean copy of the repository under the tests' own names, port and registry, and the words it changes."""
     port = free_port()
-    monkeypatch.setenv("PORT", str(port))  # for the app without Docker; the Compose files do not hand it on
+    monkeypatch.setenv(
+        "PORT", str(port)
+    )  # for the app without Docker; the Compose files do not hand it on
     words = {
         "lab25-web": f"{RUN}-text-web",
         "lab25-redis": f"{RUN}-text-redis",
@@ -136,7 +161,11 @@ def matches(expected, output):
 
 
 # Where GHCR has other words than this registry, the text shows GHCR's.
-GHCR_SAYS = {"no basic auth credentials": "denied", ":by-hand: not found": ": denied", "manifest unknown": "denied"}
+GHCR_SAYS = {
+    "no basic auth credentials": "denied",
+    ":by-hand: not found": ": denied",
+    "manifest unknown": "denied",
+}
 
 
 def run_blocks(blocks, copy, words, environment):
@@ -151,9 +180,13 @@ def run_blocks(blocks, copy, words, environment):
     for mark, kind, body in blocks:
         if kind == "sh" and mark in ("", "fails"):
             command = ["bash", "-euo", "pipefail", "-c", prelude + renamed(body, words)]
-            result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+            result = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300
+            )
             output = renamed(result.stdout, GHCR_SAYS)
-            assert (result.returncode != 0) == (mark == "fails"), f"{body}\nended with {result.returncode}:\n{output}"
+            assert (result.returncode != 0) == (mark == "fails"), (
+                f"{body}\nended with {result.returncode}:\n{output}"
+            )
         elif kind == "sh":
             output = None
         elif kind == "text" and output is not None:
@@ -164,7 +197,11 @@ def run_blocks(blocks, copy, words, environment):
 @pytest.mark.engine
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_command_works_and_prints_what_the_text_shows(text, own_copy, registry):
-    environment = {**registry.logged_out(), "GHCR_OWNER": registry.user, "GHCR_TOKEN": registry.password}
+    environment = {
+        **registry.logged_out(),
+        "GHCR_OWNER": registry.user,
+        "GHCR_TOKEN": registry.password,
+    }
     without_swarm = re.sub(r"(?ms)^## Part 7:.*?(?=^## )", "", content(text))
     run_blocks(blocks(without_swarm), *own_copy, environment)
 
@@ -195,7 +232,9 @@ def mesh(node, port):
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_every_command_for_a_swarm_works_in_an_engine_of_its_own(own_copy, registry, image, tmp_path):
+def test_every_command_for_a_swarm_works_in_an_engine_of_its_own(
+    own_copy, registry, image, tmp_path
+):
     """A kernel without IPVS has no routing mesh: there the port's line is changed, and the mesh is the test's."""
     copy, words = own_copy
     port = int(words["127.0.0.1:8080"].rpartition(":")[2])
@@ -210,7 +249,9 @@ def test_every_command_for_a_swarm_works_in_an_engine_of_its_own(own_copy, regis
     with container("docker:28-dind", *options, wait=False) as node:
         docker("start", node.name)
         eventually(lambda: node.run("docker", "info", check=False).returncode == 0, 60)
-        command = tmp_path / "bin" / "docker"  # the node's, but for builds, which it has no Buildx for
+        command = (
+            tmp_path / "bin" / "docker"
+        )  # the node's, but for builds, which it has no Buildx for
         command.parent.mkdir()
         real = shutil.which("docker")
         command.write_text(
@@ -221,7 +262,10 @@ def test_every_command_for_a_swarm_works_in_an_engine_of_its_own(own_copy, regis
         environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}"}
         part = blocks(re.search(r"(?ms)^## Part 7:.*?(?=^## )", content("lesson_25.md"))[0])
         run_blocks(part[:1], copy, words, environment)
-        built = [f"{registry.address}/{registry.user}/{RUN}-text-web:{tag}" for tag in ("one", "two", "broken")]
+        built = [
+            f"{registry.address}/{registry.user}/{RUN}-text-web:{tag}"
+            for tag in ("one", "two", "broken")
+        ]
         docker("save", "--output", tmp_path / "images.tar", REDIS, *built)
         docker("cp", tmp_path / "images.tar", f"{node.name}:/images.tar")
         node.run("docker", "load", "--input", "/images.tar")

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from engine import LESSON, LOCAL_FILE, RUN, Stack, build, docker, free_port, remove_images
+from harness.engine import LESSON, LOCAL_FILE, RUN, Stack, build, docker, free_port, remove_images
 
 pytestmark = pytest.mark.engine
 
@@ -21,7 +21,12 @@ def deploy(registry, tmp_path):
     fixed = {"project": f"{RUN}-machine", "port": free_port()}
 
     def stack(tag="", owner=OWNER, environment=registry.logged_in):
-        environment = {**environment, "REGISTRY": registry.address, "GHCR_OWNER": owner, "IMAGE_TAG": tag}
+        environment = {
+            **environment,
+            "REGISTRY": registry.address,
+            "GHCR_OWNER": owner,
+            "IMAGE_TAG": tag,
+        }
         return Stack(tmp_path, machine / REGISTRY_FILE.name, environment=environment, **fixed)
 
     yield stack
@@ -37,7 +42,9 @@ def test_deploys_each_published_tag_and_dev_by_default(registry, deploy, image):
         stack.up()
         assert stack.get("/health").json["version"] == "0a1b2c3"
         assert stack.hits() == hit
-        assert stack.container("web").inspect()["Config"]["Image"] == registry.name(OWNER, tag or "dev")
+        assert stack.container("web").inspect()["Config"]["Image"] == registry.name(
+            OWNER, tag or "dev"
+        )
         remove_images(registry.address)
 
 

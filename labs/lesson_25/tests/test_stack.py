@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from clients import Visitors, eventually
-from engine import LESSON, LOCAL_FILE, RUN, kill, local_stack
-from limits import MEMORY_LIMITS_BYTES, PROCESS_LIMITS
+from harness.clients import Visitors, eventually
+from harness.engine import LESSON, LOCAL_FILE, RUN, kill, local_stack
+from harness.limits import MEMORY_LIMITS_BYTES, PROCESS_LIMITS
 
 pytestmark = pytest.mark.engine
 
@@ -37,8 +37,14 @@ def test_runs_without_privileges_within_limits(stack, service, uid):
     for folder in ("/", "/tmp", "/usr/local"):
         assert "Read-only" in made.run("sh", "-c", f"echo > {folder}/written", check=False).stderr
     limits = made.inspect()["HostConfig"]
-    assert (limits["Memory"], limits["PidsLimit"]) == (MEMORY_LIMITS_BYTES[service], PROCESS_LIMITS[service])
-    files = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # of either version of cgroups
+    assert (limits["Memory"], limits["PidsLimit"]) == (
+        MEMORY_LIMITS_BYTES[service],
+        PROCESS_LIMITS[service],
+    )
+    files = (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    )  # of either version of cgroups
     seen = made.run("sh", "-c", f"cat {files[0]} 2>/dev/null || cat {files[1]}").stdout
     assert int(seen) == MEMORY_LIMITS_BYTES[service]
 
@@ -90,7 +96,10 @@ def test_watch_brings_a_saved_change_into_the_running_container(context, tmp_pat
         stack.up("--build")
         command = stack.command("watch", "--no-up")
         log = tmp_path / "watch.log"
-        with log.open("w") as out, subprocess.Popen(command, env=stack.environment, stdout=out, stderr=out) as watch:
+        with (
+            log.open("w") as out,
+            subprocess.Popen(command, env=stack.environment, stdout=out, stderr=out) as watch,
+        ):
             try:
                 eventually(lambda: "Watch enabled" in log.read_text(), 20)
                 source = context / "app.py"

@@ -14,9 +14,9 @@ import time
 import fakeredis
 import pytest
 
-from clients import eventually, get, serving
-from engine import free_port
-from limits import STOP_SECONDS
+from harness.clients import eventually, get, serving
+from harness.engine import free_port
+from harness.limits import STOP_SECONDS
 
 APP = pathlib.Path(__file__).parents[1] / "app" / "app.py"
 COMMAND = [sys.executable, APP]
@@ -59,7 +59,9 @@ def refused(**settings):
 
 
 def test_two_hundred_requests_from_many_threads_get_different_numbers(start, monkeypatch):
-    monkeypatch.setattr(fakeredis.TcpFakeServer, "request_queue_size", 64)  # 5 would drop connections made at once
+    monkeypatch.setattr(
+        fakeredis.TcpFakeServer, "request_queue_size", 64
+    )  # 5 would drop connections made at once
     with serving(fakeredis.TcpFakeServer(("127.0.0.1", 0), server_type="redis")) as redis_port:
         _, port = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
         with concurrent.futures.ThreadPoolExecutor(20) as pool:
@@ -106,8 +108,16 @@ def test_a_bad_value_ends_the_process_with_one_line(name, value):
         ("REDIS_DB", ["-1", "one", "9" * 5000], "from 0"),
         ("WEB_CONCURRENCY", ["0", "65", "auto"], "from 1 to 64"),
         ("ACCESS_LOG", ["2", "yes"], "from 0 to 1"),
-        ("REDIS_HOST", ["redis:6379", "a..b", "x" * 64, "fe80:", "redis://redis:6379", "two words"], "host name"),
-        ("REDIS_URL", ["redis", "http://r", "redis://", "redis://r:0", "redis://r:99999", "redis://r/one"], "redis://"),
+        (
+            "REDIS_HOST",
+            ["redis:6379", "a..b", "x" * 64, "fe80:", "redis://redis:6379", "two words"],
+            "host name",
+        ),
+        (
+            "REDIS_URL",
+            ["redis", "http://r", "redis://", "redis://r:0", "redis://r:99999", "redis://r/one"],
+            "redis://",
+        ),
         ("REDIS_PASSWORD_FILE", ["/nowhere", "/", "/dev/null"], "a file with the password"),
         ("HOST", ["999.1.1.1", "192.0.2.1", "a..b"], "address"),
     ],
@@ -122,7 +132,11 @@ def test_a_bad_value_stops_the_start_and_is_named(app, refusal, name, values, al
     "settings",
     [
         {"REDIS_HOST": "redis", "REDIS_URL": "redis://:secret@redis"},
-        {"REDIS_HOST": "redis", "REDIS_PASSWORD": "secret", "REDIS_PASSWORD_FILE": "/run/secrets/one"},
+        {
+            "REDIS_HOST": "redis",
+            "REDIS_PASSWORD": "secret",
+            "REDIS_PASSWORD_FILE": "/run/secrets/one",
+        },
         {"REDIS_URL": "redis://:secret@redis", "REDIS_PASSWORD": "secret too"},
         {"REDIS_URL": "redis://:sec/ret@redis:6379"},
         {"REDIS_URL": "redis://:sec#ret@redis:6379"},
@@ -198,7 +212,9 @@ def test_a_signal_ends_it_with_status_0(start, send, number):
 @pytest.mark.slow
 @pytest.mark.timing
 def test_a_signal_to_all_its_processes_ends_it_at_once_also_on_a_busy_machine(start):
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())
+    ]
     try:
         for turn in range(40):
             process, _ = start(WEB_CONCURRENCY="4")
@@ -236,7 +252,9 @@ def test_no_worker_outlives_a_killed_parent(start):
     eventually(lambda: not any(pathlib.Path(f"/proc/{worker}/cwd").exists() for worker in workers))
 
 
-@pytest.mark.parametrize(("inherited", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)], ids=["", "nohup"])
+@pytest.mark.parametrize(
+    ("inherited", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)], ids=["", "nohup"]
+)
 def test_goes_on_after_the_terminal_is_closed_only_when_nohup_started_it(start, inherited, ends):
     before = signal.signal(signal.SIGHUP, inherited)
     try:

@@ -10,16 +10,23 @@ import time
 
 import pytest
 
-from clients import FAILURES, Visitors, ask, counted, eventually
-from engine import LESSON, REDIS, RUN, build, container, docker
+from harness.clients import FAILURES, Visitors, ask, counted, eventually
+from harness.engine import LESSON, REDIS, RUN, build, container, docker
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 NETWORK = f"{RUN}-swarm"
 PASSWORD = f" hush {string.punctuation} é "
-OTHERS = {"second": "ENV BUILD_VERSION=second", "bad-port": "ENV PORT=99999", "never-healthy": 'CMD ["sleep", "99"]'}
+OTHERS = {
+    "second": "ENV BUILD_VERSION=second",
+    "bad-port": "ENV PORT=99999",
+    "never-healthy": 'CMD ["sleep", "99"]',
+}
 NEEDS = {  # what the file needs of the kernel: the lines, and what stands in their place where the kernel has it not
-    "IPVS": ('- "${LAB25_PORT:-8080}:8080"', '- {target: 8080, published: "${LAB25_PORT:-8080}", mode: host}'),
+    "IPVS": (
+        '- "${LAB25_PORT:-8080}:8080"',
+        '- {target: 8080, published: "${LAB25_PORT:-8080}", mode: host}',
+    ),
     "ESP": ('    driver_opts:\n      encrypted: "true"\n', ""),
 }
 # Asks the kernel by netlink for IPVS and for an association with ESP, which loads their modules; prints what it lacks.
@@ -37,7 +44,9 @@ print("IPVS" * lacks(16, struct.pack("=BBHHH8s", 3, 1, 0, 9, 2, b"IPVS")), "ESP"
 
 def kernel_lacks(image):
     """Return the names of what the kernel has not, of NEEDS."""
-    return docker("run", "--rm", "--user=0", "--cap-add=NET_ADMIN", image, "python", "-c", KERNEL).stdout.split()
+    return docker(
+        "run", "--rm", "--user=0", "--cap-add=NET_ADMIN", image, "python", "-c", KERNEL
+    ).stdout.split()
 
 
 def get_from_any(nodes, path="/"):
@@ -91,13 +100,29 @@ class Swarm:
 
     def deploy(self, tag):
         """Deploy a tag and return what that prints: the exit status is 0 also where it was rolled back."""
-        command = "docker stack deploy --with-registry-auth --detach=false -c /docker-stack.yml lab25"
-        return docker("exec", "--env", f"IMAGE_TAG={tag}", self.manager.name, *command.split()).stdout
+        command = (
+            "docker stack deploy --with-registry-auth --detach=false -c /docker-stack.yml lab25"
+        )
+        return docker(
+            "exec", "--env", f"IMAGE_TAG={tag}", self.manager.name, *command.split()
+        ).stdout
 
     def tasks(self, service):
         """Return a (node, container ID) for each of the service's healthy tasks; a stopped node has none."""
-        listing = ["docker", "ps", "--quiet", "--filter", f"name=lab25_{service}", "--filter", "health=healthy"]
-        return [(node, name) for node in self.nodes for name in node.run(*listing, check=False).stdout.split()]
+        listing = [
+            "docker",
+            "ps",
+            "--quiet",
+            "--filter",
+            f"name=lab25_{service}",
+            "--filter",
+            "health=healthy",
+        ]
+        return [
+            (node, name)
+            for node in self.nodes
+            for name in node.run(*listing, check=False).stdout.split()
+        ]
 
     def settled(self):
         return [len(self.tasks(service)) for service in ("web", "redis")] == [2, 1]
@@ -122,7 +147,9 @@ def swarm(image, registry, tmp_path_factory):
     for name, line in OTHERS.items():
         (folder / name).write_text(f"FROM {image}\n{line}\n")
         registry.push(build(name, "--file", folder / name, context=folder), "vlrrbn", name)
-    beside = docker("ps", "--quiet", "--filter", f"publish={registry.address.rpartition(':')[2]}").stdout.strip()
+    beside = docker(
+        "ps", "--quiet", "--filter", f"publish={registry.address.rpartition(':')[2]}"
+    ).stdout.strip()
     node = ["docker:28-dind", "--privileged", "--network", NETWORK, "--env=REGISTRY=registry:5000"]
     engine = ["dockerd", "--insecure-registry", "registry:5000"]
     with contextlib.ExitStack() as stack:
@@ -130,12 +157,16 @@ def swarm(image, registry, tmp_path_factory):
         stack.callback(docker, "network", "rm", NETWORK)
         docker("network", "connect", "--alias", "registry", NETWORK, beside)
         stack.callback(docker, "network", "disconnect", NETWORK, beside)
-        nodes = [stack.enter_context(container(*node, command=engine, wait=False)) for _ in range(3)]
+        nodes = [
+            stack.enter_context(container(*node, command=engine, wait=False)) for _ in range(3)
+        ]
         for node in nodes:
             docker("cp", f"{folder}/.", f"{node.name}:/")
             docker("start", node.name)
         for node in nodes:
-            eventually(lambda node=node: node.run("docker", "info", check=False).returncode == 0, 60)
+            eventually(
+                lambda node=node: node.run("docker", "info", check=False).returncode == 0, 60
+            )
         made = Swarm(nodes, lacks)
         made.docker("swarm", "init")
         token = made.docker("swarm", "join-token", "--quiet", "worker").strip()
@@ -144,14 +175,18 @@ def swarm(image, registry, tmp_path_factory):
         made.redis_node.run("docker", "load", "--input", "/redis.tar")
         made.set_node(made.redis_node, "--label-add", "lab25.redis=true")
         made.docker("secret", "create", "redis_password", "/password")
-        made.docker("login", "registry:5000", "--username", registry.user, "--password", registry.password)
+        made.docker(
+            "login", "registry:5000", "--username", registry.user, "--password", registry.password
+        )
         made.deploy("first")
         yield made
 
 
 def test_every_node_answers_for_two_tasks_and_hits_travel_encrypted(swarm, image):
     if swarm.lacks:
-        pytest.skip(f"the kernel lacks {' and '.join(swarm.lacks)}: a copy of the stack without those lines was tested")
+        pytest.skip(
+            f"the kernel lacks {' and '.join(swarm.lacks)}: a copy of the stack without those lines was tested"
+        )
     sniff = "import socket; s = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 8)\nwhile s.recv(99)[9] != 50: pass"
     options = ["--network", f"container:{swarm.redis_node.name}", "--user=0", "--cap-add=NET_RAW"]
     assert all(get_from_any([address]).status == 200 for address in swarm.addresses)
@@ -160,16 +195,24 @@ def test_every_node_answers_for_two_tasks_and_hits_travel_encrypted(swarm, image
     travellers.different_numbers()
 
 
-@pytest.mark.parametrize("facts", ["web python 10001 268435456 128", "redis redis-server 999 134217728 64"])
+@pytest.mark.parametrize(
+    "facts", ["web python 10001 268435456 128", "redis redis-server 999 134217728 64"]
+)
 def test_the_program_is_process_1_without_privileges_within_limits(swarm, facts):
     service, program, uid, *limits = facts.split()
     node, task = swarm.tasks(service)[0]
     status = node.run("docker", "exec", task, "cat", "/proc/1/status").stdout
-    assert re.search(r"Name:\t(.*)", status)[1] == program, "a shell before it would hear SIGTERM instead"
+    assert re.search(r"Name:\t(.*)", status)[1] == program, (
+        "a shell before it would hear SIGTERM instead"
+    )
     assert set(re.search(r"Uid:(.*)", status)[1].split()) == {uid}
     assert set(re.findall(r"Cap\w+:\t(\w+)", status)) == {"0" * 16}
-    assert "Read-only" in node.run("docker", "exec", task, "touch", "/tmp/written", check=False).stderr
-    said = node.run("docker", "inspect", "--format", "{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}", task).stdout
+    assert (
+        "Read-only" in node.run("docker", "exec", task, "touch", "/tmp/written", check=False).stderr
+    )
+    said = node.run(
+        "docker", "inspect", "--format", "{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}", task
+    ).stdout
     assert said.split() == limits
 
 
@@ -185,7 +228,9 @@ def test_the_password_is_wanted_and_shown_nowhere(swarm):
         kill -CONT $redis"""
     told = node.run("sh", "-c", look, check=False).stdout
     for holder, name in swarm.tasks("web") + swarm.tasks("redis"):
-        told += holder.run("docker", "inspect", name).stdout + holder.run("docker", "logs", name).stdout
+        told += (
+            holder.run("docker", "inspect", name).stdout + holder.run("docker", "logs", name).stdout
+        )
     told += swarm.docker("service", "inspect", "lab25_web", "lab25_redis")
     assert "redis-cli\0--askpass" in told and "hush" not in told
 
@@ -194,7 +239,9 @@ def test_an_update_under_load_loses_no_request(swarm):
     with Travellers(swarm.addresses) as travellers:
         swarm.deploy("second")
     travellers.different_numbers()
-    assert {get_from_any(swarm.addresses, "/health").json["version"] for _ in range(9)} == {"second"}
+    assert {get_from_any(swarm.addresses, "/health").json["version"] for _ in range(9)} == {
+        "second"
+    }
 
 
 @pytest.mark.parametrize("broken", ["bad-port", "never-healthy"])
@@ -208,9 +255,15 @@ def test_a_broken_image_is_rolled_back_and_the_old_one_answers_all_along(swarm, 
 
 def test_a_drained_node_loses_no_request(swarm):
     with Travellers(swarm.addresses) as travellers:
-        for node in (swarm.worker, swarm.manager):  # the second has a task when the first has none any more
+        for node in (
+            swarm.worker,
+            swarm.manager,
+        ):  # the second has a task when the first has none any more
             swarm.set_node(node, "--availability", "drain")
-            eventually(lambda node=node: len(tasks := dict(swarm.tasks("web"))) == 2 and node not in tasks, 60)
+            eventually(
+                lambda node=node: len(tasks := dict(swarm.tasks("web"))) == 2 and node not in tasks,
+                60,
+            )
             swarm.set_node(node, "--availability", "active")
     # A worker that ends may close a connection that it has not read; the mesh would have sent that one elsewhere.
     travellers.different_numbers(lost=1 if "IPVS" in swarm.lacks else 0)
@@ -232,7 +285,9 @@ def test_the_count_goes_on_with_every_answered_hit_when_redis_node_was_killed(sw
     with Travellers(swarm.addresses) as travellers:
         time.sleep(2)
         docker("kill", swarm.redis_node.name)
-        time.sleep(5)  # as a machine that boots; the others take half a minute to notice one that is back within one
+        time.sleep(
+            5
+        )  # as a machine that boots; the others take half a minute to notice one that is back within one
         docker("start", swarm.redis_node.name)
         swarm.next_hit()
     assert swarm.next_hit() > max(travellers.different_numbers(lost=8))

@@ -7,8 +7,8 @@ import pathlib
 import re
 import secrets
 
-from clients import eventually
-from engine import container, docker
+from harness.clients import eventually
+from harness.engine import container, docker
 
 USER = PASSWORD = "lesson"
 # `htpasswd -Bbn lesson lesson`: the registry knows no other kind of account
@@ -39,7 +39,9 @@ class Registry:
                 settings = json.loads((own / "config.json").read_text())
         for login in ("credsStore", "credHelpers"):
             settings.pop(login, None)
-        settings["auths"] = {"lab25.invalid": {}}  # with none at all, docker would find the system's credential store
+        settings["auths"] = {
+            "lab25.invalid": {}
+        }  # with none at all, docker would find the system's credential store
         (config / "config.json").write_text(json.dumps(settings))
         return {**os.environ, "DOCKER_CONFIG": str(config)}
 
@@ -56,7 +58,9 @@ class Registry:
 
         found = manifest(name)
         if "manifests" in found:  # an index of the image and of how it was built
-            (digest,) = [one["digest"] for one in found["manifests"] if one["platform"]["os"] == "linux"]
+            (digest,) = [
+                one["digest"] for one in found["manifests"] if one["platform"]["os"] == "linux"
+            ]
             found = manifest(f"{name}@{digest}")
         return {blob["digest"]: blob["size"] for blob in (found["config"], *found["layers"])}
 
@@ -75,7 +79,12 @@ def private_registry(folder):
     accounts = folder / "htpasswd"
     accounts.write_text(ACCOUNTS)
     options = ["--publish", "127.0.0.1::5000", "--env", "REGISTRY_AUTH=htpasswd"]
-    options += ["--env", "REGISTRY_AUTH_HTPASSWD_REALM=lesson", "--env", "REGISTRY_AUTH_HTPASSWD_PATH=/htpasswd"]
+    options += [
+        "--env",
+        "REGISTRY_AUTH_HTPASSWD_REALM=lesson",
+        "--env",
+        "REGISTRY_AUTH_HTPASSWD_PATH=/htpasswd",
+    ]
     with container("registry:2", *options, wait=False) as made:
         docker("cp", accounts, f"{made.name}:/htpasswd")
         docker("start", made.name)

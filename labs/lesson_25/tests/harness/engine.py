@@ -12,9 +12,9 @@ import secrets
 import socket
 import subprocess
 
-from clients import counted, eventually, get
+from harness.clients import counted, eventually, get
 
-LESSON = pathlib.Path(__file__).parents[1]
+LESSON = pathlib.Path(__file__).parents[2]
 CONTEXT = LESSON / "app"
 LOCAL_FILE = LESSON / "compose" / "docker-compose.yml"
 BASE, REDIS = "python:3.12-slim", "redis:7-alpine"
@@ -26,7 +26,9 @@ def docker(*arguments, check=True, timeout=300, **options):
     command = ["docker", *map(str, arguments)]
     options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, **options}
     result = subprocess.run(command, timeout=timeout, **options)
-    assert not check or result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+    assert not check or result.returncode == 0, (
+        f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+    )
     return result
 
 
@@ -64,7 +66,12 @@ def build(tag, *options, context=CONTEXT):
 
 def layer_sizes(image):
     """Return the unpacked bytes of each line of the image's history, the last made first."""
-    return [int(size) for size in docker("history", "--human=false", "--format", "{{.Size}}", image).stdout.split()]
+    return [
+        int(size)
+        for size in docker(
+            "history", "--human=false", "--format", "{{.Size}}", image
+        ).stdout.split()
+    ]
 
 
 @functools.cache
@@ -84,7 +91,11 @@ def remove_images(naming=RUN):
     lines = docker("image", "ls", "--all", "--digests", "--format", columns).stdout.splitlines()
     for repository, tag, digest in map(str.split, lines):
         if naming in repository:
-            docker("image", "rm", f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}")
+            docker(
+                "image",
+                "rm",
+                f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}",
+            )
 
 
 class Container:
@@ -113,7 +124,9 @@ class Container:
 
     def memory_bytes(self):
         """Return what `docker stats` says that it uses."""
-        used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", self.name).stdout.split(" /")[0]
+        used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", self.name).stdout.split(
+            " /"
+        )[0]
         number, unit = used[:-3], used[-3:]
         return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
 
@@ -178,7 +191,9 @@ class Stack:
         self.project = project or f"{RUN}-{secrets.token_hex(3)}"
         self.port = port or free_port()
         self.network = f"{self.project}_backend"
-        self.hosts = folder / f"{secrets.token_hex(3)}.hosts"  # what web finds here it does not ask the engine for
+        self.hosts = (
+            folder / f"{secrets.token_hex(3)}.hosts"
+        )  # what web finds here it does not ask the engine for
         self.hosts.write_text("127.0.0.1 localhost\n")
         override = folder / f"{secrets.token_hex(3)}.yml"
         override.write_text(

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-REPOSITORY = pathlib.Path(__file__).parents[3]
+REPOSITORY = pathlib.Path(__file__).parents[4]
 LESSON_TEXT = REPOSITORY / "lesson_25.md"
 TEST_NAME = re.compile(r"`([\w/]+\.py::\w+)`")
 
@@ -13,14 +13,22 @@ def boxes():
     text = LESSON_TEXT.read_text(encoding="utf-8")
     proved = text[text.index("\n## Core\n") : text.index("\n## Summary\n")]
     lines = re.findall(r"^- \[.\] (.*)$", proved, re.M)
-    return [(re.sub(r"[(:][^(:]*$", "", TEST_NAME.sub("", line)).strip(), TEST_NAME.findall(line)) for line in lines]
+    return [
+        (re.sub(r"[(:][^(:]*$", "", TEST_NAME.sub("", line)).strip(), TEST_NAME.findall(line))
+        for line in lines
+    ]
 
 
 def outcomes(reporter):
     """Return what became of each test of the run, by its name without parameters; the worst where there are several."""
     ranks = {"passed": 0, "needs an engine": 1, "failed": 2}
     found = {}
-    for kind, name in (("passed", "passed"), ("skipped", "needs an engine"), ("failed", "failed"), ("error", "failed")):
+    for kind, name in (
+        ("passed", "passed"),
+        ("skipped", "needs an engine"),
+        ("failed", "failed"),
+        ("error", "failed"),
+    ):
         for report in reporter.stats.get(kind, []):
             test = report.nodeid.partition("[")[0]
             found[test] = max(found.get(test, "passed"), name, key=ranks.get)
@@ -34,6 +42,9 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("lesson 25: Core and Acceptance criteria")
     for claim, tests in boxes():
         results = [found.get(test, "not run") for test in tests] or ["yours to tick"]
-        result = next((name for name in ("failed", "needs an engine", "not run") if name in results), results[0])
+        result = next(
+            (name for name in ("failed", "needs an engine", "not run") if name in results),
+            results[0],
+        )
         note = "" if result == "passed" else f" ({result})"
         terminalreporter.write_line(f"{marks.get(result, '[ ]')} {claim}{note}")

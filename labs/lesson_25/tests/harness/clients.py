@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 
-from limits import PATIENCE_SECONDS
+from harness.limits import PATIENCE_SECONDS
 
 Answer = collections.namedtuple("Answer", "status headers json")
 FAILURES = (OSError, http.client.HTTPException)
@@ -19,7 +19,9 @@ NO_ANSWER_SECONDS = 20
 
 def get(port, path="/", timeout=5):
     """Return the Answer to one GET on a connection of its own. Raises one of FAILURES without one in time (seconds)."""
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    ) as connection:
         return ask(connection, path)
 
 
@@ -99,12 +101,17 @@ def slow_clients(port, count=200):
     """Yield connections that, in a `with` block, each send another byte of one header every half second."""
     stop = threading.Event()
     with contextlib.ExitStack() as cleanup:
-        made = [cleanup.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(count)]
+        made = [
+            cleanup.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+            for _ in range(count)
+        ]
         for connection in made:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ")
 
         def go_on():
-            for connection in itertools.cycle(made):  # one after the other, not in a burst that holds up who measures
+            for connection in itertools.cycle(
+                made
+            ):  # one after the other, not in a burst that holds up who measures
                 if stop.wait(0.5 / count):
                     return
                 with contextlib.suppress(OSError):  # the server has lost patience with it
@@ -130,10 +137,14 @@ class Visitors:
         self.answers = [[] for _ in range(count)]
         self.failures = []
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._visit, args=[answers]) for answers in self.answers]
+        self._threads = [
+            threading.Thread(target=self._visit, args=[answers]) for answers in self.answers
+        ]
 
     def _visit(self, answers):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        ) as connection:
             while not self._stop.wait(self.pause):
                 try:
                     answers.append(ask(connection))
@@ -157,7 +168,9 @@ class Visitors:
         assert {answer.status for answers in self.answers for answer in answers} == {200}
         for answers in self.answers:
             for answer in answers:
-                assert (answer.json["hit_count"] is None) != (answer.json["redis_error"] is None), answer.json
+                assert (answer.json["hit_count"] is None) != (answer.json["redis_error"] is None), (
+                    answer.json
+                )
         return [
             [answer.json["hit_count"] for answer in answers if answer.json["hit_count"] is not None]
             for answers in self.answers
