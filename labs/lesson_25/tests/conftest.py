@@ -11,7 +11,7 @@ import app as lab25
 from harness import engine
 from harness.registry import private_registry
 
-pytest_plugins = ["harness.checklist"]
+pytest_plugins = ["harness.checklist", "harness.judge"]  # lesson only
 
 BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
@@ -64,19 +64,28 @@ def redis_server(app, monkeypatch):
     return server
 
 
+@pytest.fixture(scope="session")
+def app_folder(pytestconfig):
+    """The folder of the Dockerfile that is tested: the app's, where nobody names another."""
+    return pytestconfig.getoption("app_folder", engine.CONTEXT)
+
+
 @pytest.fixture
-def context(tmp_path):
+def context(app_folder, tmp_path):
     """A copy of the build context, to be changed."""
     return shutil.copytree(
-        engine.CONTEXT, tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__")
+        app_folder, tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__")
     )
 
 
 @pytest.fixture(scope="session")
-def image():
+def image(app_folder):
     """The image as a build with both arguments makes it."""
-    arguments = {"BUILD_VERSION": BUILD_VERSION, "BUILD_DATE": BUILD_DATE}
-    yield engine.build("dev", *(f"--build-arg={name}={value}" for name, value in arguments.items()))
+    arguments = [
+        f"--build-arg=BUILD_VERSION={BUILD_VERSION}",
+        f"--build-arg=BUILD_DATE={BUILD_DATE}",
+    ]
+    yield engine.build("dev", *arguments, context=app_folder)
     engine.remove_images()
 
 

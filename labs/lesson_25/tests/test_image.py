@@ -1,8 +1,12 @@
-"""The image: who it runs as, what it holds and what it leaves out, what a change costs, how it starts and stops."""
+"""The image: who it runs as, what it holds and leaves out, what a change costs, how it ends."""
 
+import datetime
+import functools
 import json
+import pathlib
 import re
 import subprocess
+import tarfile
 import urllib.parse
 
 import pytest
@@ -11,10 +15,8 @@ from conftest import BUILD_DATE, BUILD_VERSION
 from harness.clients import counted, eventually, timed
 from harness.engine import (
     BASE,
-    CONTEXT,
     base_lines,
     build,
-    bytes_over_base,
     container,
     docker,
     inspect,
@@ -25,197 +27,430 @@ from harness.limits import LAYERS_OVER_BASE_BYTES, PUSHED_AGAIN_BYTES, STOP_SECO
 
 pytestmark = pytest.mark.engine
 
-# Prints, as JSON, every path of the container that a build tool or a cache would have.
-FIND_LEFTOVERS = r"""
-import importlib.util, json, os, re, shutil
-tools = "pip pip3 gcc cc g++ c++ clang cpp ld as make cmake curl wget git uv poetry cargo rustc".split()
-found = [tool for tool in tools if shutil.which(tool)]
-modules = "pip", "ensurepip", "setuptools", "wheel", "pytest", "fakeredis"
-found += ["import " + name for name in modules if importlib.util.find_spec(name)]
-left = re.compile(r"^pip-.*whl$|^requirements.*txt$|^Dockerfile$|^\.git|^test_.*\.py$|^\.env")
-own = "/var/lib/apt/lists", "/var/cache/apt/archives", "/root/.cache", "/install", "/tmp", "/app"
-for where, folders, files in os.walk("/"):
-    if where == "/":
-        folders[:] = [folder for folder in folders if folder not in ("proc", "sys", "dev")]
-    found += [os.path.join(where, file) for file in files
-              if left.search(file) or (where.startswith(own) and file not in ("lock", "app.py", "serve.py"))]
-print(json.dumps(found))
-"""
+MEGABYTE = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def web(image):
-    """A container of the image, without Redis; shared, so that tests leave it as it is."""
-    with container(image) as made:
-        yield made
+def builder(image, app_folder):
+    """The stage `builder` as an image."""
+    return build_stage(app_folder, "builder")
+
+
+def build_stage(folder, stage):
+    """Build one stage of the Dockerfile in `folder` and return the image's name."""
+    name = f"stage-{stage}"
+    try:
+        return build(name, "--target", stage, context=folder)
+    except AssertionError as error:
+        last_line = str(error).strip().splitlines()[-1]
+        pytest.fail(f"the stage {stage!r} does not build alone: {last_line}", pytrace=False)
+
+
+def run(image, *command):
+    """Return what a command prints in a new container, as root."""
+    options = ["--rm", "--user", "0", "--entrypoint", command[0]]
+    return docker("run", *options, image, *command[1:]).stdout
+
+
+def run_python(image, program, *options):
+    """Return what a Python program prints in a new container, as the image's own user."""
+    return docker("run", "--rm", "--entrypoint", "python", *options, image, "-c", program).stdout
 
 
 def layers(image):
     return inspect(image, "image")["RootFS"]["Layers"]
 
 
-# Who and what
+def new_bytes(image, before):
+    """Return the bytes of the layers of `image` that `before` does not have."""
+    known = layers(before)
+    mine = layers(image)
+    shared = 0
+    while shared < min(len(known), len(mine)) and known[shared] == mine[shared]:
+        shared += 1
+    sizes = {}
+    command = ["docker", "image", "save", image]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as saving,
+        tarfile.open(fileobj=saving.stdout, mode="r|") as archive,
+    ):
+        for member in archive:
+            sizes[member.name] = member.size
+            if member.name == "manifest.json":
+                names = json.load(archive.extractfile(member))[0]["Layers"]
+    return sum(sizes[name] for name in names[shared:])
 
 
-def test_runs_as_appuser_with_no_shell_and_no_home(image, web):
-    """By its number, so that a cluster can see that it is not root."""
-    assert inspect(image, "image")["Config"]["User"] == "10001"
-    program = "import os, pwd; u = pwd.getpwuid(os.getuid()); print(u.pw_name, u.pw_shell, os.path.exists(u.pw_dir))"
-    assert web.python(program) == "appuser /usr/sbin/nologin False\n"
-    assert (
-        web.python("import os; print(os.getuid(), os.geteuid(), os.getgid() != 0)")
-        == "10001 10001 True\n"
+def made_here(image):
+    """Return (bytes, command) of each line of the history over the base, newest first."""
+    lines = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout.splitlines()
+    return list(zip(layer_sizes(image), lines, strict=True))[: -base_lines()]
+
+
+# What it holds
+
+# Prints, as JSON by kind, what of a build is left in the container.
+FIND_LEFTOVERS = r"""
+import importlib.util, json, os, re, shutil
+tools = "gcc cc g++ c++ clang cpp ld as make cmake curl wget git uv poetry cargo rustc".split()
+caches = "/var/lib/apt/lists", "/var/cache/apt/archives", "/root/.cache", "/install", "/tmp"
+own_files = re.compile(
+    r"^(requirements.*(txt|in)|Dockerfile.*|test_.*\.py|\.(dockerignore|git|env).*)$"
+)
+found = {
+    "tools": [shutil.which(tool) for tool in tools if shutil.which(tool)],
+    "pip": [shutil.which(tool) for tool in ("pip", "pip3", "wheel") if shutil.which(tool)],
+    "caches": [],
+    "files": [],
+}
+for name in "pip", "ensurepip", "setuptools", "wheel":
+    if importlib.util.find_spec(name):
+        found["pip"].append("import " + name)
+for name in "pytest", "fakeredis":
+    if importlib.util.find_spec(name):
+        found["files"].append("import " + name)
+for where, folders, files in os.walk("/"):
+    if where == "/":
+        folders[:] = [folder for folder in folders if folder not in ("proc", "sys", "dev")]
+    for file in files:
+        path = os.path.join(where, file)
+        if re.search(r"^pip-.*whl$", file):
+            found["pip"].append(path)
+        if where.startswith(caches) and file != "lock":
+            found["caches"].append(path)
+        if own_files.match(file) or (where.startswith("/app") and not file.endswith(".py")):
+            found["files"].append(path)
+print(json.dumps(found))
+"""
+
+
+@functools.cache
+def leftovers(image):
+    """Return what of a build is left in `image`, as lists of paths by kind."""
+    return json.loads(run(image, "python", "-B", "-c", FIND_LEFTOVERS))
+
+
+def none_left(image, kind, what):
+    """Fail with the first few paths where something of this kind is left."""
+    found = leftovers(image)[kind]
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    assert not found, f"{what} in what runs: {', '.join(found[:4])}{more}"
+
+
+def test_the_search_for_leftovers_finds_them():
+    """Where it finds no pip in the base image, it would find none in ours."""
+    assert {"import pip", "import ensurepip"} <= set(leftovers(BASE)["pip"])
+
+
+def test_holds_no_build_tool(image):
+    """No compiler, make, curl or git is in what runs."""
+    none_left(image, "tools", "a tool that only a build needs is")
+
+
+def test_holds_no_package_cache(image):
+    """No cache and no list of packages that apt or pip left is in what runs."""
+    none_left(image, "caches", "files that installing left behind are")
+
+
+def test_holds_no_pip(image):
+    """Neither pip is in what runs, nor what could bring it back."""
+    none_left(image, "pip", "what installs packages is")
+
+
+def test_holds_no_file_of_the_build(image):
+    """Of the folder's files only the app's own .py files are in what runs."""
+    none_left(image, "files", "files that the running app never reads are")
+
+
+def test_holds_the_locked_packages_and_no_other(image, app_folder):
+    """The packages are exactly those of requirements.txt."""
+    text = (app_folder / "requirements.txt").read_text()
+    locked = set(re.findall(r"^([a-z0-9-]+==[^ ]+) \\$", text, re.M))
+    program = (
+        "import importlib.metadata as metadata\n"
+        "for package in metadata.distributions():\n"
+        "    print(f'{package.name.lower()}=={package.version}')"
     )
-    program = "import os; print([p for p in ('/app', '/app/app.py', '/usr/local/lib') if os.access(p, os.W_OK)])"
-    assert web.python(program) == "[]\n", "it can change its own program"
+    found = set(run_python(image, program).split())
+    assert not found - locked, f"packages that nobody locked: {', '.join(sorted(found - locked))}"
+    assert not locked - found, f"locked, but not there: {', '.join(sorted(locked - found))}"
 
 
-def test_runs_read_only_without_capabilities_and_as_any_user(image):
-    options = [
-        "--read-only",
-        "--cap-drop",
-        "ALL",
-        "--security-opt",
-        "no-new-privileges",
-        "--user",
-        "1234567:0",
-    ]
-    with container(image, *options) as made:
-        assert made.get().status == 200
-
-
-def test_holds_no_build_tool_cache_or_test(web):  # nor the build's own files
-    in_base = json.loads(docker("run", "--rm", BASE, "python", "-c", FIND_LEFTOVERS).stdout)
-    assert {"pip", "import pip", "import ensurepip"} <= set(in_base), (
-        "what looks for leftovers does not find them"
+def test_stays_below_its_limit_over_the_base(image):
+    """What it adds to its base image is less than 36 MB."""
+    steps = made_here(image)
+    total = sum(size for size, _ in steps)
+    largest = sorted(steps, reverse=True)[:3]
+    shown = "; ".join(f"{size / MEGABYTE:.1f} MB by {command[:60]!r}" for size, command in largest)
+    limit = LAYERS_OVER_BASE_BYTES / MEGABYTE
+    assert total < LAYERS_OVER_BASE_BYTES, (
+        f"it adds {total / MEGABYTE:.1f} MB to its base, and {limit:.0f} are the limit. "
+        f"A later step cannot make an earlier one smaller. The largest: {shown}"
     )
-    assert json.loads(web.python(FIND_LEFTOVERS)) == []
-
-
-def test_holds_the_locked_packages_and_no_other(web):
-    locked = dict(
-        re.findall(r"^([a-z0-9-]+)==([^ ]+) \\$", (CONTEXT / "requirements.txt").read_text(), re.M)
-    )
-    program = "import importlib.metadata as m; print(*(f'{d.name.lower()}=={d.version}' for d in m.distributions()))"
-    assert dict(package.split("==") for package in web.python(program).split()) == locked
 
 
 def test_a_build_takes_in_only_what_it_needs(context, tmp_path):
+    """The build gets the app's files and requirements.txt, and none that lies beside them."""
+    needed = {path.name for path in context.glob("*.py")} | {"requirements.txt"}
     (context / ".env").write_text("TOKEN=secret")
+    (context / "notes.txt").write_text("what nobody thought of")
     (context / "large.bin").write_bytes(bytes(1_000_000))
     dockerfile = tmp_path / "Dockerfile"
     dockerfile.write_text("FROM scratch\nCOPY . /\n")
     docker("build", "--file", dockerfile, "--output", tmp_path / "context", context)
-    assert {path.name for path in (tmp_path / "context").iterdir()} == {
-        "app.py",
-        "requirements.txt",
-        "serve.py",
-    }
+    sent = {path.name for path in (tmp_path / "context").iterdir()}
+    assert not sent - needed, f"the build also gets {', '.join(sorted(sent - needed))}"
+    assert not needed - sent, f"the build does not get {', '.join(sorted(needed - sent))}"
 
 
-def test_labels_and_health_tell_the_build(image, web):
-    config = inspect(image, "image")["Config"]
-    labels = {"maintainer": "vlrrbn", "service": "lab25-web", "env": "lab"}
-    oci = {"title": "lab25-web", "version": BUILD_VERSION, "created": BUILD_DATE}
-    assert config["Labels"] == labels | {
-        f"org.opencontainers.image.{name}": value for name, value in oci.items()
-    }
-    assert set(config["ExposedPorts"]) == {"8080/tcp"}
-    answer = web.get("/health").json
-    assert (answer["version"], answer["build_date"], answer["env"]) == (
-        BUILD_VERSION,
-        BUILD_DATE,
-        "lab",
+# The two stages
+
+
+def test_the_builder_builds_alone(image, app_folder, builder):
+    """The stages builder and runtime build alone, and builder has the packages in /install."""
+    build_stage(app_folder, "runtime")
+    flask = docker(
+        "run", "--rm", "--entrypoint", "test", builder, "-x", "/install/bin/flask", check=False
     )
-
-
-def test_the_builder_builds_alone():
-    builder = build("builder", "--target", "builder")
-    assert inspect(builder, "image")["Config"]["Labels"]["stage"] == "builder"
-    docker("run", "--rm", builder, "test", "-x", "/install/bin/flask")
-
-
-def test_stays_below_its_limit_over_the_base(image):
-    assert bytes_over_base(image) < LAYERS_OVER_BASE_BYTES
+    assert flask.returncode == 0, "there is no /install/bin/flask in the stage 'builder'"
 
 
 def test_the_history_shows_what_came_from_the_builder(image):
-    """One line for the packages, none for what made them; the app above it, version and date on top."""
-    lines = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout.splitlines()
-    made_here = lines[: -base_lines()]
-    (packages,) = [
-        place for place, line in enumerate(made_here) if "COPY /install /usr/local" in line
+    """The packages came by one COPY, and nothing that installs is in the history."""
+    steps = made_here(image)
+    installing = [
+        command for _, command in steps if re.search(r"pip3? install|apt(-get)? ", command)
     ]
-    (app,) = [place for place, line in enumerate(made_here) if "app.py serve.py ./" in line]
-    (version,) = [
-        place for place, line in enumerate(made_here) if line.startswith("ENV BUILD_VERSION")
-    ]
-    assert version < app < packages
-    assert not [line for line in made_here if "pip install" in line]
+    assert not installing, f"the image's own stage installs something: {installing[0][:100]}"
+    size, command = max(steps)
+    assert re.search(r"\bCOPY\b", command), (
+        f"the packages did not come by a COPY: the largest step, {size / MEGABYTE:.1f} MB, "
+        f"is {command[:100]}"
+    )
+
+
+def test_names_the_python_version_in_from_alone(image, builder):
+    """No step names the Python version of its base again, so a newer base needs one change."""
+    for one in (image, builder):
+        naming = [command for _, command in made_here(one) if re.search(r"\b3\.\d+\b", command)]
+        naming = [command for command in naming if "python" in command]
+        assert not naming, f"a step names the Python version a second time: {naming[0][:100]}"
+
+
+# Who it runs as
+
+
+def test_its_user_is_a_number_and_not_root(image):
+    """Its user is 10001, by number: from a name nobody can tell that it is not root."""
+    user = inspect(image, "image")["Config"]["User"]
+    number = user.partition(":")[0]
+    assert number, "no user is set, so it runs as root"
+    assert number.isdecimal(), f"the user is the name {user!r}: a cluster cannot see its number"
+    assert number == "10001", f"the user has the number {number} instead of 10001"
+
+
+def test_runs_as_appuser_with_no_shell_and_no_home(image):
+    """The user is appuser, number 10001, without a shell, a home and root's group."""
+    program = (
+        "import os, pwd\n"
+        "user = pwd.getpwnam('appuser')\n"
+        "print(user.pw_uid, user.pw_shell, os.path.exists(user.pw_dir), os.getuid(), os.getgid())"
+    )
+    result = docker("run", "--rm", "--entrypoint", "python", image, "-c", program, check=False)
+    assert result.returncode == 0, f"no user appuser: {result.stderr.strip().splitlines()[-1]}"
+    number, shell, home_exists, runs_as, group = result.stdout.split()
+    assert number == "10001", f"appuser has the number {number} instead of 10001"
+    assert runs_as == "10001", f"it runs as user {runs_as} instead of 10001"
+    assert group != "0", "it runs in root's group"
+    assert shell.endswith(("nologin", "false")), f"appuser has the shell {shell}"
+    assert home_exists == "False", "appuser has a home folder"
+
+
+def test_cannot_change_its_own_program(image):
+    """The user may change neither the app nor the packages."""
+    program = (
+        "import glob, os\n"
+        "paths = ['/app', *glob.glob('/app/*'), '/usr/local/lib', '/usr/local/bin']\n"
+        "print(*[path for path in paths if os.access(path, os.W_OK)])"
+    )
+    writable = run_python(image, program).split()
+    assert not writable, f"a hole in the app could change {', '.join(writable)}"
+
+
+def test_runs_though_only_its_owner_may_read_the_files(image, context, monkeypatch):
+    """It starts even where the files of the folder may be read by their owner alone."""
+    for path in context.glob("*.py"):
+        path.chmod(0o600)
+    private = build("private", context=context)
+    program = (
+        "import os; print(*[f for f in os.listdir('/app') if not os.access('/app/' + f, os.R_OK)])"
+    )
+    unreadable = run_python(private, program).split()
+    assert not unreadable, f"its user may not read {', '.join(sorted(unreadable))} in /app"
+
+
+def test_runs_read_only_without_capabilities_and_as_any_user(image):
+    """It also runs on a read-only root, without any capability, as a user that nobody made."""
+    hardened = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    with container(image, *hardened, "--user", "1234567:0") as made:
+        assert made.get().status == 200
 
 
 # What a change costs
 
 
 def test_a_change_of_the_app_makes_one_small_new_layer(image, context):
-    (context / "app.py").chmod(0o600)
+    """After a change of app.py no package is installed or sent again: less than 50 kB are new."""
     with (context / "app.py").open("a") as file:
         file.write("# changed\n")
     changed = build("changed", context=context)
-    assert layers(changed)[:-1] == layers(image)[:-1]
-    assert layers(changed)[-1] != layers(image)[-1]
-    assert max(layer_sizes(changed)[:5]) < PUSHED_AGAIN_BYTES
-    with container(changed) as made:  # though only its owner may read the file here
-        assert made.get().status == 200
-
-
-def test_a_new_version_makes_no_new_layer(image):
-    other = build("other", "--build-arg", "BUILD_VERSION=other")
-    assert layers(other) == layers(image)
-    assert (
-        inspect(other, "image")["Config"]["Labels"]["org.opencontainers.image.version"] == "other"
+    assert layers(changed) != layers(image), "the change of app.py is not in the image"
+    size = new_bytes(changed, before=image)
+    assert size < PUSHED_AGAIN_BYTES, (
+        f"a change of app.py made {size / MEGABYTE:.1f} MB anew: a changed layer makes anew all "
+        "that come after it, and a large one comes after the app"
     )
 
 
-# Health, and the end
+def test_a_new_version_makes_no_new_layer(image, app_folder):
+    """Another BUILD_VERSION makes no layer anew."""
+    other = build("other", "--build-arg", "BUILD_VERSION=other", context=app_folder)
+    size = new_bytes(other, before=image)
+    assert layers(other) == layers(image), (
+        f"a new version made {size / MEGABYTE:.1f} MB anew, at every build: "
+        "something that adds a layer comes after the first use of BUILD_VERSION"
+    )
 
 
 @pytest.mark.parametrize(
-    "settings", [["PORT=9090"], ["HOST=", "PORT="], ["HOST=localhost"], ["HOST=::", "PORT=80"]]
-)
-def test_the_health_check_follows_host_and_port(image, settings):
-    options = [f"--env={setting}" for setting in settings]
-    with container(image, *options, wait=False) as made:
-        docker("start", made.name)
-        eventually(lambda: made.health == "healthy", 15)
-
-
-@pytest.mark.parametrize(
-    ("option", "program"),
+    ("requirement", "refusal"),
     [
-        ("-m", "http.server"),
-        ("-c", "import socket, time; s = socket.create_server(('', 8000)); time.sleep(99)"),
+        pytest.param("blinker==1.9.0", "hash", id="without a hash"),
+        pytest.param(
+            # published as source alone
+            "docopt==0.6.2 "
+            "--hash=sha256:49b3a825280bd66b3aa83585ef59c4a8c82f2c8a522dbe754a8bc8d08c85c491",
+            "no matching distribution",
+            id="that would have to be compiled",
+        ),
     ],
 )
-def test_the_health_check_fails_when_health_does(image, option, program):
-    """In place of the app, something that knows no /health, or that takes connections and never answers."""
-    options = ["--env=PORT=8000", "--health-interval=200ms", "--health-start-period=1ms", "--init"]
-    with container(image, *options, wait=False, command=["python", option, program]) as made:
+def test_a_build_refuses_a_package(context, requirement, refusal):
+    """The build stops at a package that has no hash, or that is not ready-made."""
+    (context / "requirements.txt").write_text(requirement + "\n")
+    result = docker("build", "--target", "builder", "--progress", "plain", context, check=False)
+    assert result.returncode, (
+        f"the build installed a package that it has to refuse: {requirement[:20]}"
+    )
+    said = result.stdout + result.stderr
+    assert refusal in said.lower(), f"the build failed for another reason: {said[-300:]}"
+
+
+# What it says of itself
+
+
+def test_labels_and_health_tell_the_build(image, builder):
+    """Its labels and /health tell the version and the date of the build."""
+    config = inspect(image, "image")["Config"]
+    labels = config["Labels"] or {}
+    wanted = {
+        "service": "lab25-web",
+        "env": "lab",
+        "org.opencontainers.image.title": "lab25-web",
+        "org.opencontainers.image.version": BUILD_VERSION,
+        "org.opencontainers.image.created": BUILD_DATE,
+    }
+    for name, value in wanted.items():
+        assert labels.get(name) == value, (
+            f"the label {name} is {labels.get(name)!r}, in a build where it has to be {value!r}"
+        )
+    assert labels.get("maintainer"), "the label maintainer names nobody"
+    stage = (inspect(builder, "image")["Config"]["Labels"] or {}).get("stage")
+    assert stage == "builder", f"in the stage builder, the label stage is {stage!r}"
+    assert "stage" not in labels, "the label of the builder is on the image"
+    assert set(config["ExposedPorts"]) == {"8080/tcp"}
+    with container(image) as made:
+        answer = made.get("/health").json
+    assert answer["version"] == BUILD_VERSION, f"/health says version {answer['version']!r}"
+    assert answer["build_date"] == BUILD_DATE, f"/health says build_date {answer['build_date']!r}"
+
+
+def test_a_build_without_arguments_says_dev(image, app_folder):
+    """Without build arguments the version is dev and the date unknown."""
+    plain = build("plain", context=app_folder)
+    environment = inspect(plain, "image")["Config"]["Env"]
+    for setting in ("BUILD_VERSION=dev", "BUILD_DATE=unknown"):
+        assert setting in environment, f"a build without arguments does not set {setting}"
+
+
+# Start, health and end
+
+# Whatever the image itself says: what these ask is something else.
+REACHABLE = ["--env", "HOST=0.0.0.0"]
+
+
+def test_starts_and_answers(image):
+    """A container of it starts, and answers from outside with a 200."""
+    with container(image, wait=False) as made:
         docker("start", made.name)
-        eventually(lambda: made.health == "unhealthy", 20)
+
+        def ended_or_status():
+            return not made.inspect()["State"]["Running"] or made.get("/health").status
+
+        try:
+            result = eventually(ended_or_status, 20)
+        except AssertionError:
+            log = made.log().strip()[-300:]
+            problem = "it runs, but nobody outside the container reaches its port 8080"
+            pytest.fail(f"{problem}; its log: {log}", pytrace=False)
+        state = made.inspect()["State"]
+        log = made.log().strip()[-500:] or "empty"
+        assert result is not True, f"it ended by itself, status {state['ExitCode']}; its log: {log}"
+        assert result == 200, f"/health answered {result}"
+
+
+def test_says_where_it_runs(image):
+    """It says that its env is lab, where nobody sets LAB_ENV."""
+    with container(image, *REACHABLE) as made:
+        env = made.get().json["env"]
+    assert env == "lab", f"it says that its env is {env!r}"
+
+
+def test_the_first_process_is_the_server(image):
+    """Process 1 is a production server, and no shell that keeps the SIGTERM for itself."""
+    with container(image, *REACHABLE) as made:
+        server = made.get("/health").headers.get("Server", "")
+        command = made.python("print(open('/proc/1/cmdline').read().replace(chr(0), ' '))").strip()
+    program = pathlib.Path(command.split()[0]).name
+    assert program not in {"sh", "dash", "bash"}, f"process 1 is a shell: {command}"
+    assert "Werkzeug" not in server, f"Flask's development server answers: process 1 is {command}"
+
+
+def test_ends_with_status_0_when_it_is_stopped(image):
+    """`docker stop` ends it with status 0: it hears the SIGTERM and finishes."""
+    with container(image, *REACHABLE) as made:
+        docker("stop", "--timeout", "5", made.name)
+        status = made.inspect()["State"]["ExitCode"]
+    assert status != 137, "it did not act on the SIGTERM of docker stop, and was killed in the end"
+    assert status == 0, f"docker stop ended it with status {status}; its log: {made.log()[-300:]}"
 
 
 @pytest.mark.timing
 def test_stops_at_once_when_idle(image):
     with container(image) as made:
-        assert timed(docker, "stop", made.name) < STOP_SECONDS
-        assert made.inspect()["State"]["ExitCode"] == 0
+        seconds = timed(docker, "stop", made.name)
+        status = made.inspect()["State"]["ExitCode"]
+    assert seconds < STOP_SECONDS, f"docker stop took {seconds:.1f} s"
+    assert status == 0, f"docker stop ended it with status {status}"
 
 
 # Signals process 1 a moment after it can first hear that: before, the kernel drops it.
 SIGNAL_EARLY = """
 import os, re, sys, time
+deadline = time.monotonic() + 10
 while not int(re.search("SigCgt:(.*)", open("/proc/1/status").read())[1], 16) >> 14 & 1:
+    if time.monotonic() > deadline:
+        sys.exit("process 1 has no handler for SIGTERM ten seconds after its start")
     time.sleep(0.005)
 time.sleep(float(sys.argv[1]))
 os.kill(1, 15)
@@ -226,12 +461,89 @@ def test_stops_with_status_0_also_while_it_is_still_starting(image):
     with container(image, wait=False) as made:
         for hundredths in range(0, 60, 5):
             docker("start", made.name)
-            made.run(
-                "python", "-c", SIGNAL_EARLY, hundredths / 100, check=False
-            )  # what ends takes this along
-            assert (
-                docker("wait", made.name, timeout=4).stdout == "0\n"
-            )  # a deaf worker is killed after five seconds
+            # What ends takes this along, so its own status says nothing.
+            told = made.run("python", "-c", SIGNAL_EARLY, hundredths / 100, check=False)
+            assert "no handler" not in told.stderr, told.stderr.strip()
+            when = f"told to stop {hundredths / 100} s after it could hear that"
+            try:  # a deaf worker is killed after five seconds
+                status = docker("wait", made.name, timeout=4).stdout.strip()
+            except subprocess.TimeoutExpired:
+                pytest.fail(f"{when}, it still ran four seconds later", pytrace=False)
+            assert status == "0", f"{when}, it ended with status {status}"
+
+
+def test_its_health_is_known_soon_after_the_start(image):
+    """Its first health check comes within some seconds, so that nobody waits ten for `healthy`."""
+    with container(image, *REACHABLE) as made:
+        first = eventually(lambda: health_log(made), 40)[0]
+        started = made.inspect()["State"]["StartedAt"]
+    seconds = (moment(first["Start"]) - moment(started)).total_seconds()
+    assert seconds < 5, f"the first health check came {seconds:.0f} s after the start"
+
+
+def moment(text):
+    """Return the datetime of an engine's time stamp, which may have nanoseconds."""
+    return datetime.datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text))
+
+
+def test_its_health_is_asked_often_enough_and_not_for_ever(image):
+    """The engine looks every ten seconds, and gives up after three; three failures count."""
+    check = inspect(image, "image")["Config"].get("Healthcheck") or {}
+    second = 1_000_000_000
+    every = check.get("Interval", 0) / second or 30  # what the engine takes where nothing is said
+    patience = check.get("Timeout", 0) / second or 30
+    start = check.get("StartPeriod", 0) / second
+    retries = check.get("Retries", 0) or 3
+    assert every <= 10, f"the engine looks only every {every:.0f} s"
+    assert patience <= 3, f"a check without an answer is given {patience:.0f} s"
+    assert start >= 10, f"a slow start is given only {start:.0f} s before a failed check counts"
+    assert retries == 3, f"{retries} failed checks make it unhealthy, instead of three"
+
+
+@pytest.mark.parametrize(
+    "settings", [["PORT=9090"], ["HOST=", "PORT="], ["HOST=localhost"], ["HOST=::", "PORT=80"]]
+)
+def test_the_health_check_follows_host_and_port(image, settings):
+    """The health check asks where the app listens, also where HOST and PORT say another place."""
+    options = [f"--env={setting}" for setting in settings]
+    with container(image, *options, wait=False) as made:
+        docker("start", made.name)
+        eventually(lambda: health_log(made) and made.health != "starting", 40)
+        assert made.health == "healthy", (
+            f"with {' and '.join(settings)} it is {made.health}: {last_check(made)}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("option", "program"),
+    [
+        pytest.param("-m", "http.server", id="404"),
+        pytest.param(
+            "-c",
+            "import socket, time; s = socket.create_server(('', 8000)); time.sleep(99)",
+            id="no answer",
+        ),
+    ],
+)
+def test_the_health_check_fails_when_health_does(image, option, program):
+    """The health check fails where /health answers no 200, or nothing at all."""
+    options = ["--env=PORT=8000", "--health-interval=200ms", "--health-start-period=1ms", "--init"]
+    with container(image, *options, wait=False, command=["python", option, program]) as made:
+        docker("start", made.name)
+        eventually(lambda: health_log(made) and made.health != "starting", 30)
+        assert made.health == "unhealthy", f"it is {made.health} though /health fails"
+
+
+def health_log(made):
+    """Return the health checks of a container so far; fail where it has none and never will."""
+    health = made.inspect()["State"].get("Health")
+    assert health, "the image has no health check"
+    return health["Log"]
+
+
+def last_check(made):
+    """Return what the last health check of a container printed."""
+    return health_log(made)[-1]["Output"].strip()[-200:]
 
 
 # A Redis that wants a password, or TLS
@@ -277,8 +589,9 @@ def test_counts_in_a_redis_with_tls_that_shows_a_certificate_of_the_given_author
         (tmp_path / f"{name}.key").chmod(0o644)
     tmp_path.chmod(0o755)
     mounted = ["--network", network, "--volume", f"{tmp_path}:/tls:ro"]
-    files = "--tls-cert-file /tls/redis.crt --tls-key-file /tls/redis.key --tls-ca-cert-file /tls/redis.crt"
-    command = f"redis-server --port 0 --tls-port 6379 --tls-auth-clients no {files}".split()
+    command = ["redis-server", "--port", "0", "--tls-port", "6379", "--tls-auth-clients", "no"]
+    command += ["--tls-cert-file", "/tls/redis.crt", "--tls-key-file", "/tls/redis.key"]
+    command += ["--tls-ca-cert-file", "/tls/redis.crt"]
     with container(
         "redis:7-alpine", *mounted, "--network-alias", "redis", wait=False, command=command
     ) as redis:

@@ -35,8 +35,10 @@ def outcomes(reporter):
     return found
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     """Print the checklist: ticked, crossed, or why it is neither; a box without a test is the reader's own."""
+    if config.getoption("step"):  # the judge has its own
+        return
     found = outcomes(terminalreporter)
     marks = {"passed": "[x]", "failed": "[!]"}
     terminalreporter.section("lesson 25: Core and Acceptance criteria")
