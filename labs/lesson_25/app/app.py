@@ -1,17 +1,13 @@
-"""Lesson 25: a hit counter on Redis, and a /health that answers with or without it."""
+"""A hit counter on Redis, and a /health that answers with or without it.
 
-if (
-    __name__ == "__main__"
-):  # first of all: the imports take 0.3 s, in which process 1 of a container hears no signal
-    from serve import main
+This file is the service: what it is told, how it asks Redis, what it answers. It stands alone:
+`python app.py` runs it in Flask's development server, and there every request asks Redis.
+In production serve.py starts it, with watch.py beside it. This file imports neither of them.
+"""
 
-    main()
-
-import contextlib
 import os
 import re
 import socket
-import threading
 import time
 
 from flask import Flask, request
@@ -19,17 +15,21 @@ from werkzeug.exceptions import HTTPException
 
 try:
     import redis
-    from redis.backoff import NoBackoff
-    from redis.connection import parse_url
-    from redis.exceptions import ReadOnlyError, ResponseError
-    from redis.retry import Retry
-except ImportError:  # without the package the app serves, and the counter is off
-    redis, ResponseError = None, ()
+except ImportError:  # the service runs without the package, but cannot count
+    redis = None
 
-# --- Where Redis is
-HOST_NAME = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
-OPTIONS = r"(\?((db|username|password|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname))=[^&#]*&?)*)?"
-URL = rf"(rediss?://([^@/?#]*@)?({HOST_NAME}|\[[\w:.%]+\])(:[1-9]\d*)?(/\d*)?|unix://([^@/?#]*@)?/[^?#]+){OPTIONS}"
+HITS_KEY = "lab25_hits"
+
+# How long a request waits for Redis, each time that it waits: for an answer, and on a new
+# connection before that for the connection itself, TLS, AUTH and SELECT, where they are used.
+# That is 0.5 s as a rule and 2.5 s at worst. The look-up of the name comes on top: serve.py
+# limits it to 1 s for each name server.
+WAIT_SECONDS = 0.5
+
+REASON_CHARACTERS = 200  # of redis_error, and in the log: some errors of Redis are a page
+
+
+# --- What it is told: environment variables, where an empty one counts as unset
 
 
 def setting(name, default=None):
@@ -37,220 +37,198 @@ def setting(name, default=None):
     return os.environ.get(name) or default
 
 
-def number(name, default, low, high):
-    """Return the setting `name` as an integer. Raises ValueError where it is none from `low` to `high`."""
-    value = setting(name, str(default))
-    if not re.fullmatch("[0-9]{1,10}", value) or not low <= int(value) <= high:
-        raise ValueError(
-            f"{name} is {value!r}: it must be a whole number from {low} to {high} (default {default})"
-        )
-    return int(value)
+def whole_number(name, default, lowest, highest):
+    """Return the setting `name` as an integer.
+
+    Raises ValueError, with a sentence for the user, where it is no number in this range.
+    """
+    text = setting(name, str(default))
+    if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
+        return int(text)
+    raise ValueError(
+        f"{name} is {text!r}: it must be a whole number from {lowest} to {highest}"
+        f" (default {default})"
+    )
 
 
 def redis_password():
-    """Return the password in REDIS_PASSWORD or in the file REDIS_PASSWORD_FILE, or None. Raises ValueError."""
-    password, path = setting("REDIS_PASSWORD"), setting("REDIS_PASSWORD_FILE")
-    if path:
-        try:
-            with open(path, encoding="utf-8") as file:
-                password, problem = file.read().rstrip("\r\n"), "it is empty"
-        except (OSError, UnicodeError) as error:
-            password, problem = None, getattr(error, "strerror", "it is no text")
-        if not password:
-            raise ValueError(
-                f"REDIS_PASSWORD_FILE is {path!r}: it must be a file with the password ({problem})"
-            )
-    return password
+    """Return the password for Redis, or None where none is set.
 
-
-def redis_address():
-    """Return the arguments for redis.Redis, or None where no Redis is configured. Raises ValueError."""
-    for one, other in ("REDIS_HOST", "REDIS_URL"), ("REDIS_PASSWORD", "REDIS_PASSWORD_FILE"):
-        if setting(one) and setting(other):
-            raise ValueError(f"{one} and {other} are both set: unset one of them")
-    host, url, password = setting("REDIS_HOST"), setting("REDIS_URL"), redis_password()
-    shown = re.sub("(?s).*(@|[?]|//:).*", "***", url or host or "")  # there may be a password in it
-    if url:
-        try:
-            address = {
-                "host": "localhost",
-                "port": 6379,
-                "db": 0,
-                **parse_url(re.fullmatch(URL, url)[0]),
-            }
-        except (
-            TypeError,
-            ValueError,
-        ):  # no match, or a port or an option that redis-py does not take
-            shape = "redis://USER:PASSWORD@HOST:6379/0, rediss://… or unix:///PATH, with %2F for a / in the password"
-            raise ValueError(f"REDIS_URL is {shown!r}: it must look like {shape}") from None
-        if password and "password" in address:
-            raise ValueError(
-                f"REDIS_URL is {shown!r}, with a password, and there is another one: unset one of them"
-            )
-        path, _ = address.pop("path", None), address.pop("connection_class", None)
-        return {
-            "password": password,
-            "ssl": url.startswith("rediss:"),
-            "unix_socket_path": path,
-            **address,
-        }
-    port, db = (
-        number("REDIS_PORT", 6379, 1, 65535),
-        number("REDIS_DB", 0, 0, 2**31 - 1),
-    )  # a C int in Redis
-    if host and not re.fullmatch(rf"{HOST_NAME}|(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", host):
-        raise ValueError(
-            f"REDIS_HOST is {shown!r}: it must be a host name or an IP address; for more, use REDIS_URL"
-        )
-    return {"host": host, "port": port, "db": db, "password": password} if host else None
+    Raises ValueError where REDIS_PASSWORD_FILE names a file that holds none.
+    """
+    path = setting("REDIS_PASSWORD_FILE")
+    if path is None:
+        return setting("REDIS_PASSWORD")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            password = file.read().rstrip("\r\n")
+        problem = "it is empty"
+    except OSError as error:
+        password = None
+        problem = error.strerror
+    except UnicodeError:
+        password = None
+        problem = "it is not UTF-8 text"
+    if password:
+        return password
+    raise ValueError(
+        f"REDIS_PASSWORD_FILE is {path!r}: it must be a file with the password ({problem})"
+    )
 
 
 # --- Redis
-WAIT_SECONDS = 1  # for a connection, then for an answer
-PAUSE_SECONDS = (
-    0.5  # between two pings in an outage: a pause and a wait are less than the two seconds promised
-)
-QUIET_SECONDS = 3  # between two lines that say "back": a Redis that now fails and now answers must not fill the log
 
-_redis_client = None
-_made_client, _made_by, _password = (
-    None,
-    None,
-    None,
-)  # what was made here, by which redis.Redis, with what password
-_watch = None  # the Watch of the client in use
+_redis_client = None  # made when it is first needed
+watch = None  # serve.py puts a watch.Watch here: it knows why hits are not counted just now
 
 
 def get_redis_client():
-    """Return this process's Redis client, not yet connected; None where the counter is off. Raises ValueError."""
-    global _redis_client, _made_client, _made_by, _password
-    factory = redis and redis.Redis
-    if _redis_client is None or (
-        _redis_client is _made_client and factory is not _made_by
-    ):  # a test replaced it
-        address = (
-            redis_address() if factory and (setting("REDIS_HOST") or setting("REDIS_URL")) else None
-        )
-        client = (
-            address
-            and factory(
-                **address,
-                socket_connect_timeout=WAIT_SECONDS,
-                socket_timeout=WAIT_SECONDS,
-                retry=Retry(
-                    NoBackoff(), 0
-                ),  # an INCR without an answer may have counted: never send it twice
-                retry_on_error=[
-                    ReadOnlyError
-                ],  # before it would retry, redis-py reconnects: Redis may have moved
-                protocol=2,  # with driver_info=None: neither HELLO nor CLIENT SETINFO, which could wait as well
-                driver_info=None,
-            )
-        )
-        _redis_client, _made_client, _made_by, _password = (
-            client,
-            client,
-            factory,
-            address and address["password"],
-        )
+    """Return this process's Redis client, which need not be connected yet.
+
+    Returns None where the counter is off. Raises ValueError where a setting cannot be used.
+    """
+    global _redis_client
+    if redis is None:
+        return None
+    if _redis_client is None:
+        _redis_client = make_redis_client()  # two threads may each make one: the later one stays
     return _redis_client
 
 
-class Watch:
-    """A circuit breaker: a Redis that gives no answer costs whoever asks a wait, so others need not ask.
+def make_redis_client():
+    """Return a new client, not connected, or None where no Redis is configured.
 
-    The first to meet that begins an outage: from then on a thread asks, and all others are told the reason at once.
-    A ResponseError is an answer and costs no wait. No lock is taken: the worst of a race is a line told twice.
+    Raises ValueError where a setting cannot be used.
     """
-
-    def __init__(self, seams):
-        self.seams = seams  # get_redis_client and _redis_client: a test may replace them, and wants a new Watch then
-        self.outage = None  # the reason, for as long as it lasts
-        self.news_asked_at = self.quiet_until = 0.0  # in seconds of time.monotonic()
-        self.told = {}  # the kinds of failure that the log has told and not taken back; the last command to meet each
-        threading.Thread(target=self.end_outages, daemon=True).start()
-
-    def ask(self, client, command, *arguments):
-        """Return (answer, None), or (None, the reason why there is none)."""
-        asked_at, reason, kind, answered = time.monotonic(), None, None, True
-        try:
-            answer = getattr(client, command)(*arguments)
-            if not (answer if command == "ping" else type(answer) is int):
-                raise TypeError(f"{command.upper()} was answered with {answer!r}: is that a Redis?")
-        except Exception as error:  # what is no Redis makes the client raise more than RedisError
-            answer, answered, text = None, isinstance(error, ResponseError), str(error)
-            reason = (
-                f"{type(error).__name__}: {text}" if answered or not text else text
-            )  # MOVED has only its name
-            reason = reason.replace(
-                _password or "***", "***"
-            )  # some servers repeat an AUTH that they do not know
-            kind = (type(error), text.split(" ")[0] if answered else None)
-        if (
-            reason or self.told
-        ) and asked_at >= self.news_asked_at:  # of two answers that to the later question counts
-            self.news_asked_at, self.outage = asked_at, None if answered else reason
-            self.tell(command, reason, kind)
-        return answer, reason
-
-    def tell(self, command, reason, kind):
-        """Tell the log what is new."""
-        if reason:
-            new = kind not in self.told
-            self.told[kind] = command  # a failure that a ping has met too, a ping may take back
-            if new:
-                app.logger.warning("Redis failed, hits are not counted: %s", reason)
-        elif self.news_asked_at > self.quiet_until and (
-            command == "incr" or "incr" not in self.told.values()
-        ):
-            self.told, self.quiet_until = {}, self.news_asked_at + QUIET_SECONDS
-            app.logger.warning("Redis is back, hits are counted again")
-
-    def end_outages(self):
-        """Ping in an outage until Redis answers; stop when a test replaces a seam."""
-        while self.seams == (get_redis_client, _redis_client):
-            if self.outage:
-                with contextlib.suppress(BaseException):  # whatever a client raises, this goes on
-                    client = get_redis_client()
-                    self.ask(client, "ping")
-                    client.connection_pool.disconnect(
-                        inuse_connections=False
-                    )  # idle ones may lead to where it was
-            time.sleep(PAUSE_SECONDS)
-        self.seams = None
+    if setting("REDIS_URL"):
+        return client_for_url(setting("REDIS_URL"))
+    if setting("REDIS_HOST"):
+        return client_for_host(setting("REDIS_HOST"))
+    return None
 
 
-def ask_redis(command, *arguments):
-    """Return (answer, None), or (None, the reason why there is none), or (None, None) with the counter off."""
-    global _watch
+def client_for_host(host):
+    """Return a client for the Redis at `host`, REDIS_PORT and REDIS_DB. Raises ValueError."""
+    port = whole_number("REDIS_PORT", 6379, 1, 65535)
+    db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)  # Redis keeps it in a C int
+    return redis.Redis(host=host, port=port, db=db, **client_options())
+
+
+def client_for_url(url):
+    """Return a client for the Redis at this address. Raises ValueError."""
+    options = client_options()
     try:
-        client, seams = get_redis_client(), (get_redis_client, _redis_client)
-        if client is not None and (not _watch or _watch.seams != seams):
-            _watch = Watch(seams)
-    except Exception as error:  # a bad setting, or no thread to be had
+        return redis.Redis.from_url(url, **options)
+    except Exception:  # its own words are not shown: they may hold a part of the password
+        raise ValueError("REDIS_URL cannot be used: it is no address of a Redis") from None
+
+
+def client_options():
+    """Return the options that every client is made with. Raises ValueError."""
+    return {
+        "password": redis_password(),
+        "socket_connect_timeout": WAIT_SECONDS,
+        "socket_timeout": WAIT_SECONDS,
+        # An INCR without an answer may have counted. Sent again, it would count twice.
+        "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+        # A new connection sends neither HELLO nor CLIENT SETINFO: each would be one more wait.
+        "protocol": 2,
+        "driver_info": None,
+    }
+
+
+# --- What Redis is asked
+
+
+# Each question raises whatever the client raises, and TypeError for an answer of the wrong kind.
+
+
+def count_hit(client):
+    """Count one hit and return its number."""
+    return must_be_a_number(client.incr(HITS_KEY))
+
+
+def must_be_a_number(answer):
+    """Return the answer to an INCR or INCRBY. Raises TypeError where it is no integer."""
+    if type(answer) is not int:
+        raise TypeError(f"INCR was answered with {answer!r}: is that a Redis?")
+    return answer
+
+
+def ping(client):
+    """Return True where Redis answers."""
+    answer = client.ping()
+    if not answer:
+        raise TypeError(f"PING was answered with {answer!r}: is that a Redis?")
+    return True
+
+
+def ask_redis(question):
+    """Ask Redis one of the questions above, unless it is known that hits are not counted.
+
+    Returns (answer, None), or (None, the reason why there is no answer), or (None, None) where
+    the counter is off. Never raises.
+    """
+    outage = watch.outage if watch else None  # read once, because another thread may change it
+    if outage:
+        return None, outage
+    answer, reason = ask_redis_now(question)
+    if reason and watch:
+        watch.report_failure(reason)
+    return answer, reason
+
+
+def ask_redis_now(question):
+    """Ask in any case, and return what ask_redis returns. Never raises."""
+    try:
+        client = get_redis_client()
+    except Exception as error:
         return None, str(error)
     if client is None:
-        missing = not redis and (setting("REDIS_HOST") or setting("REDIS_URL"))
-        return None, "the Python package redis is not installed" if missing else None
-    reason = _watch.outage
-    return (None, reason) if reason else _watch.ask(client, command, *arguments)
+        return None, why_the_counter_is_off()
+    try:
+        return question(client), None
+    except Exception as error:  # what is no Redis makes the client raise more than RedisError
+        return None, in_one_line(error, client)
 
 
-# --- Routes
+def why_the_counter_is_off():
+    """Return why there is no client: None where that is what was asked for."""
+    if redis is None and (setting("REDIS_HOST") or setting("REDIS_URL")):
+        return "the Python package redis is not installed"
+    return None
+
+
+def in_one_line(error, client):
+    """Return what an error says, in one short line and without the client's password."""
+    # Redis repeats the start of a command that it does not know, which may be AUTH.
+    text = str(error).partition(", with args beginning with")[0]
+    options = getattr(client, "get_connection_kwargs", dict)()  # a test's stand-in may have none
+    password = options.get("password")
+    if isinstance(password, str):
+        text = text.replace(password, "***")
+    # With the name of its class, because some texts mean nothing alone: `3035 172.19.0.4:6379`.
+    line = " ".join(f"{type(error).__name__}: {text}".split())
+    return line[:REASON_CHARACTERS]
+
+
+# --- What it answers
+
 app = Flask(__name__, static_folder=None)
 start_time = time.monotonic()  # of the service: serve.py hands its own to every worker
 
 
 @app.get("/")
 def index():
-    """Return the greeting and this hit's number; a HEAD is no hit."""
-    hit_count, redis_error = (
-        ask_redis("incr", "lab25_hits") if request.method == "GET" else (None, None)
-    )
-    answer = {"message": "Hello from lab25", "path": request.path, "host": request.host}
+    """Return the greeting and this hit's number. A HEAD is no hit."""
+    hit_count = None
+    redis_error = None
+    if request.method == "GET":
+        hit_count, redis_error = ask_redis(count_hit)
     return {
-        **answer,
+        "message": "Hello from lab25",
+        "path": request.path,
+        "host": request.host,
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -260,20 +238,24 @@ def index():
 @app.get("/health")
 def health():
     """Return that this process can serve, which does not depend on Redis."""
-    here = {
+    redis_answers, _ = ask_redis(ping)
+    return {
+        "status": "ok",
+        "uptime_seconds": int(time.monotonic() - start_time),
         "hostname": socket.gethostname(),
         "env": setting("LAB_ENV", "dev"),
-        "redis_ok": bool(ask_redis("ping")[0]),
-    }
-    build = {
+        "redis_ok": redis_answers is True,
         "version": setting("BUILD_VERSION", "dev"),
         "build_date": setting("BUILD_DATE", "unknown"),
     }
-    return {"status": "ok", "uptime_seconds": int(time.monotonic() - start_time), **here, **build}
 
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return the error as JSON with its own status and headers; a crash arrives here as a bare 500."""
+    """Return an error as JSON with its own status and headers. A crash arrives as a bare 500."""
     headers = [(name, value) for name, value in error.get_headers() if name != "Content-Type"]
     return {"error": error.description}, error.code, headers
+
+
+if __name__ == "__main__":
+    app.run(host=setting("HOST", "127.0.0.1"), port=whole_number("PORT", 8080, 1, 65535))

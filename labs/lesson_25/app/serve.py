@@ -1,129 +1,354 @@
-"""The server: its settings, checked, its start and its end. `python app.py` runs it."""
+"""The start: `python serve.py` checks the settings, then serves app.py until it is told to end."""
 
-import os
 import signal
 
-for early in signal.SIGINT, signal.SIGTERM:  # until the server has handlers of its own
-    signal.signal(early, lambda *_: os._exit(0))
+# What ends the service: docker stop, Ctrl-C, a closed terminal.
+END_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+if __name__ == "__main__":
+    # Before the other imports, which take 0.3 s. A blocked signal waits until wait_for_the_end
+    # takes it. Process 1 of a container would never see one that it neither blocks nor handles.
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 
 import functools
 import gc
+import ipaddress
 import multiprocessing
+import os
+import re
+import resource
 import socket
+import ssl
 import sys
 import threading
 import time
+import urllib.parse
 
 from granian import Granian
 from granian.http import HTTP1Settings
 
 import app
-from app import number, setting
+import watch
+from app import setting, whole_number
 
-FORMAT = {"format": "%(asctime)s %(process)d %(levelname)s %(message)s"}
+MAX_WORKERS = 16  # what the stacks' limits on processes and memory hold under load
+
+# A kept connection without a request stays open longer than load balancers keep theirs (60 s):
+# one that the app closes first costs them a request. An unfinished request may take as long.
+IDLE_SECONDS = 75
+
+# Connections that a worker holds at once, idle ones too. 4,000 idle ones took 91 MiB.
+MAX_CONNECTIONS = 5_000
+
+THREADS = 8  # in each worker, as many requests may wait when Redis freezes; with 6 it is 4 % slower
+KILL_SECONDS = 5  # for a request that a client never finishes; Docker itself kills after ten
+
+LOG_FORMAT = {"format": "%(asctime)s %(process)d %(levelname)s %(message)s"}
 LOGGING = {
-    "formatters": {"generic": FORMAT, "access": FORMAT},
+    "formatters": {"generic": LOG_FORMAT, "access": LOG_FORMAT},
     "root": {"handlers": ["console"], "level": "INFO"},
 }
 
 
+# --- Where Redis is, as far as it can be checked without a connection
+
+URL_OPTIONS = {
+    "db",
+    "username",
+    "password",
+    "ssl_ca_certs",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "ssl_cert_reqs",
+    "ssl_check_hostname",
+}  # any other could take away the time limits that every client is made with
+MAX_DB = 2**31 - 1
+
+
+def check_redis():
+    """Return where Redis is, for the log.
+
+    Raises ValueError, with a sentence for the user, where a setting cannot be used. No sentence
+    shows a part of REDIS_URL, REDIS_HOST or REDIS_PASSWORD: any part may be a password.
+    """
+    refuse_both("REDIS_HOST", "REDIS_URL")
+    refuse_both("REDIS_PASSWORD", "REDIS_PASSWORD_FILE")
+    host = setting("REDIS_HOST")
+    url = setting("REDIS_URL")
+    if not host and not url:
+        return "none, no counter"
+    if app.redis is None:
+        return f"none, no counter ({app.why_the_counter_is_off()})"
+    if host and (problem := problem_of_host(host)):
+        raise ValueError(
+            f"REDIS_HOST cannot be used: {problem}. It must be a host name or an IP address;"
+            " a port belongs in REDIS_PORT, a user or a password in REDIS_URL"
+        )
+    if url and (problem := problem_of_url(url)):
+        raise ValueError(
+            f"REDIS_URL cannot be used: {problem}. It must look like"
+            " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
+        )
+    pool = app.make_redis_client().connection_pool
+    connection = pool.connection_class(**pool.connection_kwargs)
+    if hasattr(connection, "path"):
+        return connection.path
+    return f"{connection.host}:{connection.port}/{connection.db}"
+
+
+def refuse_both(one, other):
+    """Raise ValueError where both settings are set."""
+    if setting(one) and setting(other):
+        raise ValueError(f"{one} and {other} are both set: unset one of them")
+
+
+def problem_of_host(host):
+    """Return what is wrong with a host, or None."""
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            return "it has a colon and is no IPv6 address"
+        return None
+    if not re.fullmatch(r"[\w.-]+", host):
+        return "it has characters that no host name has"
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return "between its dots there is nothing, or more than 63 characters"
+    return None
+
+
+def problem_of_url(url):
+    """Return what is wrong with an address, or None.
+
+    It is read by redis-py. What is asked here besides is what redis-py takes without a word and
+    what then fails later, or leads to another place than was meant.
+    """
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        return "it begins with none of redis://, rediss:// and unix://"
+    if "#" in url:
+        return "it has a #, which must be written %23"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+        options = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+        found = app.redis.connection.parse_url(url)
+    except ValueError:
+        return (
+            "its port or the value of an option cannot be read"
+            " (in a password, write / as %2F, ? as %3F and @ as %40)"
+        )
+
+    if parts.scheme == "unix":
+        if not parts.path:
+            return "it names no socket"
+    else:
+        if not parts.hostname:
+            return "it names no host"
+        if problem := problem_of_host(found["host"]):
+            return f"its host is none: {problem}"
+        if port == 0:
+            return "its port is not from 1 to 65535"
+        if not re.fullmatch("/?[0-9]*", parts.path):
+            return "what stands after the host is no number of a database"
+    if not 0 <= found.get("db", 0) <= MAX_DB:
+        return f"its database is not from 0 to {MAX_DB}"
+
+    if not {name for name, _ in options} <= URL_OPTIONS:
+        return f"it has an option that is none of {', '.join(sorted(URL_OPTIONS))}"
+    if not all(value for _, value in options):
+        return "it has an option without a value"
+    if parts.scheme != "rediss" and any(name.startswith("ssl_") for name, _ in options):
+        return "it has an option for TLS, which needs rediss://"
+    if "password" in found and app.redis_password():
+        return "it has a password, and another one is set: unset one of them"
+
+    try:
+        pool = app.client_for_url(url).connection_pool
+        pool.connection_class(**pool.connection_kwargs)
+    except Exception:
+        return "an option has a value that redis-py does not take"
+    return problem_of_tls_files(found)
+
+
+def problem_of_tls_files(found):
+    """Return what is wrong with the files that an address names, or None."""
+    certificate = found.get("ssl_certfile")
+    key = found.get("ssl_keyfile")
+    try:
+        context = ssl.create_default_context(cafile=found.get("ssl_ca_certs"))
+        if certificate or key:
+            # Without a password OpenSSL would ask for one at the terminal.
+            context.load_cert_chain(certificate, key, password="")
+    except (OSError, TypeError):
+        return "a file that it names cannot be read, or holds no certificate or no key"
+    return None
+
+
+# --- Where to listen
+
+
+def check_address(host, port):
+    """Return the IP address to listen at. Raises ValueError where nobody can listen there."""
+    family = {}
+    if ":" in host:
+        family = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    try:
+        # The server itself would share a port that is taken, and takes no host name.
+        with socket.create_server((host, port), **family) as free:
+            return free.getsockname()[0]
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"HOST is {host!r} and PORT is {port}: {error};"
+            " set an address and a free port of this machine"
+        ) from None
+
+
+def allow_open_files(count):
+    """Raise the limit on open files, of which every connection is one, as far as is allowed."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now < count:
+        limit = count if most == resource.RLIM_INFINITY else min(count, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+
+
+# --- The server: its end is the difficult part
+
+
 class Server(Granian):
-    """Ends its workers by closing a pipe, or by dying: a signal to their whole group would reach some before itself."""
+    """Granian, with an end that is told to the parent alone and always arrives.
 
-    def shutdown(self, *exit_code):
+    How the service ends:
+
+    1. An end signal reaches the parent, or its whole group, or each process (as from docker
+       stop, a terminal, systemd). All threads of all processes block it, so that no handler
+       interrupts anything. One thread of the parent takes it: wait_for_the_end.
+    2. That thread wakes granian's main loop, which calls shutdown here.
+    3. shutdown tells granian that the workers end because of their parent. One that ends
+       without that counts as crashed: it would be started again, and the exit status be 1.
+    4. shutdown closes the pipe to the workers. It closes by itself when the parent is killed.
+    5. A thread of each worker, wait_for_the_parent, sees that. From then on every answer closes
+       its connection; granian answers what is in flight, and the worker ends.
+    6. granian waits for the workers, kills after KILL_SECONDS, and the parent exits with 0.
+
+    Of granian's inner names it relies on wrks, interrupt_by_parent, signal_handler_interrupt
+    and shutdown, as they are in 2.8.7, and on the handler that a worker sets for SIGTERM.
+    """
+
+    def __init__(self, **settings):
+        super().__init__("app:app", **settings)
+        self.workers_end, self.parents_end = multiprocessing.Pipe(duplex=False)
+
+    def run(self):
+        """Serve until the end. Exits with status 0 after an end signal."""
+        threading.Thread(target=wait_for_the_end, args=[self], daemon=True).start()
+        loader = functools.partial(
+            app_in_worker, app.start_time, self.workers_end, self.parents_end
+        )
+        self.serve(target_loader=loader, wrap_loader=False)
+        sys.exit(0)
+
+    def shutdown(self, exit_code=0):
         for worker in self.wrks:
-            worker.interrupt_by_parent = (
-                True  # or its end would be an unexpected one, and the status 1
-            )
-        self.pipe[1].close()
-        super().shutdown(*exit_code)
+            worker.interrupt_by_parent = True
+        self.parents_end.close()
+        super().shutdown(exit_code)
 
 
-def in_worker(start_time, parent, parents_end):
-    """Return the app to a new worker process."""
-    parents_end.close()
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    threading.Thread(
-        target=end_with, args=[parent, signal.getsignal(signal.SIGTERM)], daemon=True
-    ).start()
+def wait_for_the_end(server):
+    """Wait for an end signal and have the server end.
+
+    In a thread, because granian's own handler can wait for ever: it sets an event for which the
+    interrupted thread may be waiting, with the event's lock in its hand.
+    """
+    expected = set(END_SIGNALS)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started by nohup
+        expected.remove(signal.SIGHUP)
+    signal.sigwait(expected)
+    server.signal_handler_interrupt()
+
+
+def app_in_worker(start_time, workers_end, parents_end):
+    """Return the app to granian in a new worker process, with what belongs to one."""
+    parents_end.close()  # the pipe ends when the parent's own copy is closed
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     app.start_time = start_time
+    ending = threading.Event()
+
+    @app.app.after_request
+    def close_the_connection_at_the_end(response):
+        # A client that keeps asking on a connection accepted just now would delay the end.
+        if ending.is_set():
+            response.headers["Connection"] = "close"
+        return response
+
+    inherited = signal.getsignal(signal.SIGTERM)
+    threading.Thread(
+        target=wait_for_the_parent, args=[workers_end, inherited, ending], daemon=True
+    ).start()
+    if app.get_redis_client() is not None:
+        app.watch = watch.Watch()
+        app.watch.start()
     return app.app
 
 
-def end_with(parent, handler):
-    """Wait for the end of the pipe, then end this worker as a SIGTERM does: what is in flight is answered."""
-    parent.poll(None)
-    while signal.getsignal(signal.SIGTERM) is handler:  # the server has not set its own yet
+def wait_for_the_parent(workers_end, inherited, ending):
+    """Wait until the parent ends, then end this worker as granian does at a SIGTERM."""
+    workers_end.poll(None)
+    while signal.getsignal(signal.SIGTERM) is inherited:  # granian has not set its own yet
         time.sleep(0.01)
-    # A connection accepted just now is not told to end, and a client that keeps asking would keep it for five seconds.
-    app.app.after_request_funcs[None] = [
-        lambda answer: answer.headers.set("Connection", "close") or answer
-    ]
-    signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+    ending.set()
+    end = signal.getsignal(signal.SIGTERM)
+    end(signal.SIGTERM, None)
 
 
 def main():
-    """Check the environment and serve until SIGTERM. Exits with one line for a value that cannot be used."""
+    """Check the settings and serve. Exits with one line for a setting that cannot be used."""
     try:
-        host, port = setting("HOST", "127.0.0.1"), number("PORT", 8080, 1, 65535)
-        workers, access_log = number("WEB_CONCURRENCY", 2, 1, 64), number("ACCESS_LOG", 0, 0, 1)
-        redis_at = app.redis_address()
+        host = setting("HOST", "127.0.0.1")
+        port = whole_number("PORT", 8080, 1, 65535)
+        workers = whole_number("WEB_CONCURRENCY", 2, 1, MAX_WORKERS)
+        access_log = whole_number("ACCESS_LOG", 0, 0, 1)
+        redis_place = check_redis()
+        address = check_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
-    try:  # the server shares a port that is taken, and takes no host names
-        family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if ":" in host else {}
-        with socket.create_server((host, port), **family) as free:
-            address = free.getsockname()[0]
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(
-            f"HOST is {host!r} and PORT is {port}: {error}; set an address and a free port of this machine"
-        )
 
-    os.environ.setdefault(
-        "RES_OPTIONS", "timeout:1 attempts:1"
-    )  # the C library looks up a name for ten seconds
+    allow_open_files(MAX_CONNECTIONS + 1_000)
+    # The C library would look for a name for ten seconds; see app.WAIT_SECONDS.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     server = Server(
-        "app:app",
         address=address,
         port=port,
         interface="wsgi",
         http="1",
-        http1_settings=HTTP1Settings(header_read_timeout=10_000, max_buffer_size=65_536),
+        http1_settings=HTTP1Settings(
+            header_read_timeout=IDLE_SECONDS * 1000,
+            max_buffer_size=65_536,
+        ),
+        backpressure=MAX_CONNECTIONS,
         workers=workers,
-        blocking_threads=8,  # as many may wait a second when Redis freezes; with 6 it is 4 % slower, with 10 5 % faster
+        blocking_threads=THREADS,
         respawn_failed_workers=True,
-        workers_kill_timeout=5,  # seconds, for a client that never finishes its request; Docker kills after ten
+        workers_kill_timeout=KILL_SECONDS,
         log_level="error",
         log_dictconfig=LOGGING,
         log_access=access_log == 1,
         log_access_format="%(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     )
-    server.pipe = multiprocessing.Pipe(duplex=False)
-    if hasattr(
-        signal, "SIGHUP"
-    ):  # not on Windows; the server would take a closed terminal for a reload
-        server.on_startup(
-            functools.partial(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP))
-        )
-    version, at = (
-        setting("BUILD_VERSION", "dev"),
-        f"http://{f'[{host}]' if ':' in host else host}:{port}",
-    )
-    shown = redis_at and (
-        redis_at.get("unix_socket_path") or "{host}:{port}/{db}".format(**redis_at)
-    )
+    shown_host = f"[{host}]" if ":" in host else host
     app.app.logger.info(
-        "lab25-web %s on %s, workers: %s, Redis: %s",
-        version,
-        at,
+        "lab25-web %s on http://%s:%s, workers: %s, Redis: %s",
+        setting("BUILD_VERSION", "dev"),
+        shown_host,
+        port,
         workers,
-        shown or "none, no counter",
+        redis_place,
     )
-    gc.freeze()  # a collection in one worker would unshare the memory of all: 78 MiB instead of 59
-    sys.exit(
-        server.serve(
-            target_loader=functools.partial(in_worker, app.start_time, *server.pipe),
-            wrap_loader=False,
-        )
-    )
+    gc.freeze()  # a collection in one worker would unshare the memory of all: 78 MiB, not 59
+    server.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,295 +1,374 @@
-"""`python app.py` as it is started without Docker: its settings, its log, its workers and its end."""
+"""`python serve.py` as it is started without Docker: its log, its workers and its end."""
 
 import concurrent.futures
-import importlib
-import multiprocessing
+import contextlib
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
-import fakeredis
 import pytest
 
-from harness.clients import eventually, get, serving
-from harness.engine import free_port
+import serve
+from harness.clients import Visitors, counted, eventually, get, serving
+from harness.engine import CONTEXT, free_port
 from harness.limits import STOP_SECONDS
+from harness.peers import FakeRedisServer, peer
 
-APP = pathlib.Path(__file__).parents[1] / "app" / "app.py"
-COMMAND = [sys.executable, APP]
+COMMAND = [sys.executable, CONTEXT / "serve.py"]
+FAILED = "Redis failed, hits are not counted: "
+BACK = "Redis is back, hits are counted again"
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+
+
+class Service:
+    """The running service: its `process`, its `port`, and its `log`."""
+
+    def __init__(self, process, port, log):
+        self.process = process
+        self.port = port
+        self._log = log
+
+    @property
+    def log(self):
+        return self._log.read_text()
+
+    def lines(self, words=""):
+        """Return the lines of the log with these words."""
+        return [line for line in self.log.splitlines() if words in line]
+
+    def workers(self):
+        """Return the process IDs of the workers."""
+        pid = self.process.pid
+        return list(map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+    def ends_with(self, status, seconds=10):
+        """Fail unless the service ends by itself, with this exit status."""
+        try:
+            ended = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the service has not ended after {seconds} s; its log:\n{self.log}")
+        assert ended == status, f"exit status {ended}, not {status}; its log:\n{self.log}"
 
 
 @pytest.fixture
 def start(tmp_path):
-    """A function that starts the app, waits until it serves, and returns its process, with its `log`, and port."""
-    started = []
+    """A function that starts the service, waits until it serves, and returns it."""
+    with contextlib.ExitStack() as started:
 
-    def run(**settings):
-        port = int(settings.setdefault("PORT", str(free_port())))
-        log = tmp_path / f"{len(started)}.log"
-        options = {"env": {**os.environ, **settings}, "cwd": tmp_path, "start_new_session": True}
-        with log.open("w") as output:
-            process = subprocess.Popen(COMMAND, stdout=output, stderr=output, **options)
-        process.log = log
-        started.append(process)
+        def run(command=COMMAND, **settings):
+            port = int(settings.setdefault("PORT", str(free_port())))
+            log = tmp_path / f"{port}.log"
+            with log.open("w") as output:
+                process = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, **settings},
+                    cwd=tmp_path,
+                    start_new_session=True,
+                )
+            started.callback(process.wait, 10)
+            started.callback(process.terminate)
+            service = Service(process, port, log)
 
-        def connects():
-            assert process.poll() is None, log.read_text()
-            return not socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            def connects():
+                assert process.poll() is None, f"the service has ended: {service.log}"
+                return not socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
-        eventually(connects, every=0.02)
-        return process, port
+            eventually(connects, every=0.02)
+            return service
 
-    yield run
-    for process in started:
-        process.terminate()
-        process.wait(10)
+        yield run
 
 
-def refused(**settings):
-    """Return the one line with which the app refuses to start."""
-    environment = {**os.environ, **settings}
-    result = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=10)
-    (line,) = (result.stdout + result.stderr).splitlines()
+# What it says when it starts
+
+
+def test_a_bad_value_ends_the_process_with_one_line():
+    result = subprocess.run(
+        COMMAND, env={**os.environ, "PORT": "http"}, capture_output=True, text=True, timeout=20
+    )
     assert result.returncode != 0
-    return line
+    (line,) = (result.stdout + result.stderr).splitlines()
+    assert line == "PORT is 'http': it must be a whole number from 1 to 65535 (default 8080)"
 
 
-def test_two_hundred_requests_from_many_threads_get_different_numbers(start, monkeypatch):
-    monkeypatch.setattr(
-        fakeredis.TcpFakeServer, "request_queue_size", 64
-    )  # 5 would drop connections made at once
-    with serving(fakeredis.TcpFakeServer(("127.0.0.1", 0), server_type="redis")) as redis_port:
-        _, port = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
+def test_the_log_says_what_was_started_and_nothing_per_request(start):
+    service = start(WEB_CONCURRENCY="1", BUILD_VERSION="0a1b2c3")
+    get(service.port, "/")
+    get(service.port, "/health")
+    (line,) = service.lines()
+    said = f"lab25-web 0a1b2c3 on http://127.0.0.1:{service.port}, workers: 1, Redis: none"
+    assert said in line
+
+
+def test_access_log_is_a_line_per_request_that_a_client_cannot_forge(start):
+    service = start(ACCESS_LOG="1")
+    get(service.port, "/nope%0aforged?q=1")
+    line = eventually(lambda: service.lines()[1:])[-1]
+    assert "GET" in line and r"/nope\nforged" in line and "404" in line
+
+
+def test_the_development_server_needs_no_other_file(start, tmp_path):
+    """`python app.py`, as in the plain recipe: Flask's own server."""
+    alone = tmp_path / "app.py"
+    alone.write_bytes((CONTEXT / "app.py").read_bytes())
+    service = start([sys.executable, alone])
+    assert get(service.port).json["message"] == "Hello from lab25"
+    assert "development server" in service.log
+
+
+# Counting, and Redis going and coming back
+
+
+def test_two_hundred_requests_from_many_threads_get_different_numbers(start):
+    with serving(FakeRedisServer()) as redis_port:
+        service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
         with concurrent.futures.ThreadPoolExecutor(20) as pool:
-            answers = list(pool.map(lambda _: get(port), range(200)))
+            answers = list(pool.map(lambda _: get(service.port), range(200)))
     assert {(answer.status, answer.json["redis_error"]) for answer in answers} == {(200, None)}
     assert sorted(answer.json["hit_count"] for answer in answers) == list(range(1, 201))
 
 
-@pytest.fixture
-def serve():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    module = importlib.import_module("serve")  # sets signal handlers, which are not for pytest
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return module
+def test_eight_first_hits_at_once_tell_one_outage_once(start):
+    service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(free_port()), WEB_CONCURRENCY="1")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: get(service.port), range(8)))
+    assert {answer.json["hit_count"] for answer in answers} == {None}
+    eventually(lambda: service.lines(FAILED))
+    time.sleep(1)  # for the lines that must not come
+    assert len(service.lines(FAILED)) == 1, service.log
 
 
-@pytest.fixture
-def refusal(serve, monkeypatch):
-    """A function that returns the one line with which the app, in this process, refuses to start."""
-    monkeypatch.setattr(serve, "Server", lambda *_, **__: pytest.fail("it started"))
-
-    def run(**settings):
-        with monkeypatch.context() as only, pytest.raises(SystemExit) as stopped:
-            for name, value in settings.items():
-                only.setenv(name, value)
-            serve.main()
-        (line,) = stopped.value.code.splitlines()
-        return line
-
-    return run
+def test_each_worker_says_once_that_redis_went_and_once_that_hits_count_again(start):
+    redis_port = free_port()
+    service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
+    eventually(lambda: len(service.lines(FAILED)) == 2)
+    with serving(FakeRedisServer(redis_port)):
+        eventually(lambda: len(service.lines(BACK)) == 2)
+        assert all(counted(get(service.port)) for _ in range(10))
+    assert len(service.lines(FAILED)) == 2, service.log
 
 
-@pytest.mark.parametrize(("name", "value"), [("PORT", "http"), ("HOST", "\udcff")])
-def test_a_bad_value_ends_the_process_with_one_line(name, value):
-    assert refused(**{name: value}).startswith(f"{name} is {value!r}")
+def test_says_that_redis_is_away_though_nobody_asks(start):
+    service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(free_port()), WEB_CONCURRENCY="1")
+    line = eventually(lambda: service.lines(FAILED))[0]
+    assert "Connection refused" in line
 
 
-@pytest.mark.parametrize(
-    "name, values, allowed",
-    [
-        ("PORT", ["0", "65536", "http", "-1", "80.0", " 80", "8_0", "²"], "from 1 to 65535"),
-        ("REDIS_PORT", ["0", "65536", "redis"], "from 1 to 65535"),
-        ("REDIS_DB", ["-1", "one", "9" * 5000], "from 0"),
-        ("WEB_CONCURRENCY", ["0", "65", "auto"], "from 1 to 64"),
-        ("ACCESS_LOG", ["2", "yes"], "from 0 to 1"),
-        (
-            "REDIS_HOST",
-            ["redis:6379", "a..b", "x" * 64, "fe80:", "redis://redis:6379", "two words"],
-            "host name",
-        ),
-        (
-            "REDIS_URL",
-            ["redis", "http://r", "redis://", "redis://r:0", "redis://r:99999", "redis://r/one"],
-            "redis://",
-        ),
-        ("REDIS_PASSWORD_FILE", ["/nowhere", "/", "/dev/null"], "a file with the password"),
-        ("HOST", ["999.1.1.1", "192.0.2.1", "a..b"], "address"),
-    ],
-)
-def test_a_bad_value_stops_the_start_and_is_named(app, refusal, name, values, allowed):
-    for value in values:
-        line = refusal(**{name: value})
-        assert f"{name} is {value!r}" in line and allowed in line
+def test_a_redis_that_hangs_up_in_the_middle_makes_no_error(start):
+    with peer(lambda said: None) as redis_port:
+        service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
+        with Visitors(service.port, count=8) as visitors:
+            eventually(lambda: service.lines(FAILED))
+        visitors.numbers()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"REDIS_HOST": "redis", "REDIS_URL": "redis://:secret@redis"},
-        {
-            "REDIS_HOST": "redis",
-            "REDIS_PASSWORD": "secret",
-            "REDIS_PASSWORD_FILE": "/run/secrets/one",
-        },
-        {"REDIS_URL": "redis://:secret@redis", "REDIS_PASSWORD": "secret too"},
-        {"REDIS_URL": "redis://:sec/ret@redis:6379"},
-        {"REDIS_URL": "redis://:sec#ret@redis:6379"},
-        {"REDIS_URL": "redis://:secret@redis:6379:1"},
-        {"REDIS_URL": "redis://redis?password=secret&db=one"},
-        {"REDIS_URL": "redis://redis?password=sec@ret", "REDIS_PASSWORD": "other"},
-        {"REDIS_URL": "redis://:secret/0"},
-        {"REDIS_URL": "redis://:secret@redis?socket_timeout=9"},
-        {"REDIS_URL": "rediss://:secret@redis?ssl_nonsense=1"},
-        {"REDIS_HOST": "redis://:se@cret@redis:6379"},
-        {"REDIS_HOST": ":secret@redis"},
-    ],
-    ids=str,
-)
-def test_what_cannot_be_stops_the_start_and_shows_no_password(app, refusal, settings):
-    line = refusal(**settings)
-    assert "REDIS_" in line and "sec" not in line.replace("/run/secrets/one", "")
+# Its workers
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::"])
-def test_a_port_that_is_taken_stops_the_start_with_one_line(start, host):
-    _, port = start()
-    assert f"PORT is {port}" in refused(PORT=str(port), HOST=host)
+@needs_proc
+def test_a_killed_worker_is_replaced_and_the_uptime_goes_on(start):
+    service = start(WEB_CONCURRENCY="1")
+    (first,) = service.workers()
+    time.sleep(1.1)  # an uptime that began anew would be 0
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: service.workers() not in ([], [first]))
+    assert eventually(lambda: get(service.port, "/health")).json["uptime_seconds"] >= 1
 
 
-def test_the_log_says_what_was_started_and_nothing_per_request(start):
-    process, port = start(REDIS_HOST="redis.invalid", WEB_CONCURRENCY="1", BUILD_VERSION="0a1b2c3")
-    (line,) = process.log.read_text().splitlines()
-    for part in ("0a1b2c3", f"http://127.0.0.1:{port}", "workers: 1", "redis.invalid:6379/0"):
-        assert part in line
-    get(port, "/health")
-    lines = process.log.read_text().splitlines()
-    assert len(lines) == 2 and "redis.invalid" in lines[1], "the start, then that Redis is away"
+@needs_proc
+def test_no_worker_outlives_a_killed_parent(start):
+    service = start()
+    workers = service.workers()
+    service.process.kill()
+    service.process.wait()
+
+    def all_ended():
+        return not any(pathlib.Path(f"/proc/{worker}/cwd").exists() for worker in workers)
+
+    eventually(all_ended)
 
 
-def test_access_log_is_a_line_per_request_that_a_client_cannot_forge(start):
-    process, port = start(ACCESS_LOG="1")
-    get(port, "/nope%0aforged?q=1")
-    line = eventually(lambda: process.log.read_text().splitlines()[1:])[-1]
-    assert "GET" in line and r"/nope\nforged" in line and "404" in line
+# Its end
 
 
-def processes(parent):
-    """Return the numbers of a process and of its children, which come first."""
-    children = pathlib.Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    return [*map(int, children), parent.pid]
-
-
-def signal_group(process, number):
+def signal_group(service, number):
     """As a terminal does at Ctrl-C."""
-    os.killpg(process.pid, number)
+    os.killpg(service.process.pid, number)
 
 
-def signal_each(process, number):
+def signal_each(service, number):
     """As systemd does: one by one, the workers before their parent has heard it."""
-    for pid in processes(process):
+    for pid in [*service.workers(), service.process.pid]:
         os.kill(pid, number)
         time.sleep(0.002)
 
 
+def signal_parent(service, number):
+    """As `docker stop` does."""
+    service.process.send_signal(number)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("send", [signal_group, signal_each, subprocess.Popen.send_signal])
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+@pytest.mark.parametrize("send", [signal_group, signal_each, signal_parent])
+@needs_proc
 def test_a_signal_ends_it_with_status_0(start, send, number):
-    process, port = start(WEB_CONCURRENCY="4")
-    send(process, number)
-    assert process.wait(10) == 0, process.log.read_text()
-    assert len(process.log.read_text().splitlines()) == 1
+    service = start(WEB_CONCURRENCY="4")
+    send(service, number)
+    service.ends_with(0, seconds=2.5)  # a second, and patience for a busy machine
+    assert len(service.lines()) == 1, f"it said more than its start:\n{service.log}"
     with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        socket.create_connection(("127.0.0.1", service.port), timeout=1).close()
+
+
+# Serves with an event whose lock the main thread holds at the moment of the signal: granian's own
+# handler, run in that thread, would wait for that lock for ever.
+SIGNALLED_WITH_THE_LOCK = f"""
+import os, signal, sys, threading, time
+sys.path.insert(0, {str(CONTEXT)!r})
+import serve
+
+signal.pthread_sigmask(signal.SIG_BLOCK, serve.END_SIGNALS)
+
+class Event(threading.Event):
+    def wait(self, timeout=None):
+        with self._cond:
+            if not self._flag:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+        return super().wait(timeout)
+
+class Server(serve.Server):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.main_loop_interrupt = Event()
+
+serve.Server = Server
+serve.main()
+"""
+
+
+def test_a_signal_is_acted_on_also_while_the_server_holds_the_lock_of_its_event():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED_WITH_THE_LOCK],
+        env={**os.environ, "PORT": str(free_port())},
+    )
+    try:
+        assert process.wait(20) == 0
+    except subprocess.TimeoutExpired:
+        pytest.fail("SIGTERM was never acted on: its handler waits for a lock")
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
 @pytest.mark.timing
+@needs_proc
 def test_a_signal_to_all_its_processes_ends_it_at_once_also_on_a_busy_machine(start):
-    busy = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())
-    ]
+    busy_command = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(busy_command) for _ in range(os.cpu_count())]
     try:
         for turn in range(40):
-            process, _ = start(WEB_CONCURRENCY="4")
+            service = start(WEB_CONCURRENCY="4")
+            send = signal_group if turn % 2 else signal_each
             time.sleep(0.5)
             began = time.monotonic()
-            (signal_group if turn % 2 else signal_each)(process, signal.SIGTERM)
-            assert process.wait(10) == 0, process.log.read_text()
+            send(service, signal.SIGTERM)
+            service.ends_with(0)
             assert time.monotonic() - began < STOP_SECONDS
     finally:
-        for one in busy:
-            one.kill()
-            one.wait()
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_a_signal_while_it_is_still_starting_ends_it():
-    """Before Python has a handler the signal's own action ends it; process 1 of a container has none."""
+    """Before the first line of serve.py has run, the signal's own action ends it."""
 
     def status(seconds):
         process = subprocess.Popen(COMMAND, env={**os.environ, "PORT": str(free_port())})
         time.sleep(seconds)
         process.terminate()
-        return process.wait(4)  # after five seconds the workers are killed
+        return process.wait(4)  # after five seconds a worker that has not heard it is killed
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         statuses = list(pool.map(status, [hundredths / 100 for hundredths in range(5, 100, 5)]))
     assert set(statuses) <= {0, -signal.SIGTERM}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
-def test_no_worker_outlives_a_killed_parent(start):
-    process, _ = start()
-    workers = processes(process)[:-1]
-    process.kill()
-    process.wait()
-    eventually(lambda: not any(pathlib.Path(f"/proc/{worker}/cwd").exists() for worker in workers))
-
-
-@pytest.mark.parametrize(
-    ("inherited", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)], ids=["", "nohup"]
-)
-def test_goes_on_after_the_terminal_is_closed_only_when_nohup_started_it(start, inherited, ends):
+@pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "nohup"])
+def test_a_closed_terminal_ends_it_unless_nohup_started_it(start, inherited):
     before = signal.signal(signal.SIGHUP, inherited)
     try:
-        process, port = start()
+        service = start()
     finally:
         signal.signal(signal.SIGHUP, before)
-    signal_group(process, signal.SIGHUP)
-    if ends:
-        assert process.wait(5) == -signal.SIGHUP
+    signal_group(service, signal.SIGHUP)
+    if inherited == signal.SIG_DFL:
+        service.ends_with(0)
     else:
         time.sleep(0.5)
-        assert get(port).status == 200 and process.poll() is None
+        assert get(service.port).status == 200
+        assert service.process.poll() is None, "nohup did not keep it alive"
 
 
 def test_a_request_in_flight_is_answered_before_the_end(start):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        process, port = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(silent.getsockname()[1]))
+    asked = threading.Event()
+
+    def answer_late(said):
+        if b"INCRBY" not in said:
+            return b"+PONG\r\n"
+        asked.set()
+        time.sleep(0.3)
+        return b":7\r\n"
+
+    with peer(answer_late) as redis_port:
+        service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            answer = pool.submit(get, port)
-            with silent.accept()[0]:  # the app has asked, and waits
-                process.terminate()
-                assert answer.result().status == 200
-    assert process.wait(5) == 0
+            answer = pool.submit(get, service.port)
+            assert asked.wait(10)
+            service.process.terminate()
+            assert counted(answer.result()) == 7
+        service.ends_with(0)
 
 
-def test_an_answer_given_while_it_ends_closes_its_connection(serve, app, client, monkeypatch):
-    """Or a client that keeps asking would keep one that was accepted at the last moment, and delay the end."""
-    monkeypatch.setattr(app.app, "after_request_funcs", {})
-    monkeypatch.setattr(signal, "getsignal", lambda _: lambda *_: None)
-    assert "Connection" not in client.get("/health").headers
-    serve.end_with(multiprocessing.Pipe(duplex=False)[0], None)
-    assert client.get("/health").headers["Connection"] == "close"
+def test_an_answer_given_while_it_ends_closes_its_connection_and_keeps_a_copiers_hooks(
+    app, client, monkeypatch
+):
+    """Or a client that keeps asking would keep a connection that was accepted just now."""
+    hooks = {None: [add_a_header]}
+    monkeypatch.setattr(app.app, "after_request_funcs", hooks)
+    monkeypatch.setattr(app.app, "_got_first_request", False)
+    monkeypatch.setattr(serve.signal, "pthread_sigmask", lambda *_: None)
+    inherited = signal.getsignal(signal.SIGTERM)
+    ended = threading.Event()
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(signal.signal, signal.SIGTERM, inherited)
+        workers_end, parents_end = serve.multiprocessing.Pipe(duplex=False)
+        serve.app_in_worker(app.start_time, workers_end, duplicate(parents_end))
+        assert "Connection" not in client.get("/health").headers
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())  # as granian does
+        parents_end.close()
+        assert ended.wait(10), "the worker did not hear that its parent has ended"
+    answer = client.get("/health")
+    assert answer.headers["Connection"] == "close"
+    assert answer.headers["X-Copier"] == "kept"
 
 
-def test_importing_the_module_checks_nothing():
-    environment = {**os.environ, "PORT": "http", "REDIS_PORT": "nonsense", "WEB_CONCURRENCY": "0"}
-    command = [sys.executable, "-c", "import app; print(app.app.name)"]
-    assert subprocess.check_output(command, env=environment, cwd=APP.parent, text=True) == "app\n"
+def add_a_header(response):
+    """What somebody who copied the app has registered with after_request."""
+    response.headers["X-Copier"] = "kept"
+    return response
+
+
+def duplicate(connection):
+    """Return a second end of a pipe, as a new process gets one."""
+    return type(connection)(os.dup(connection.fileno()), readable=False)

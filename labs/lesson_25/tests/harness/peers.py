@@ -1,0 +1,32 @@
+"""What stands at Redis' address and is none, or a Redis that can be held up."""
+
+import contextlib
+import socketserver
+
+import fakeredis
+
+from harness.clients import serving
+
+
+@contextlib.contextmanager
+def peer(answer):
+    """Yield the port of a server that says what `answer(said)` returns; it hangs up for None."""
+
+    def handle(connection, *_):
+        while said := connection.recv(4096):
+            speech = answer(said)
+            if speech is None:
+                return
+            connection.sendall(speech)
+
+    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handle)) as port:
+        yield port
+
+
+class FakeRedisServer(fakeredis.TcpFakeServer):
+    """A stand-in for Redis on a port of its own."""
+
+    request_queue_size = 64  # fakeredis' own 5 would drop connections that are made at once
+
+    def __init__(self, port=0):
+        super().__init__(("127.0.0.1", port), server_type="redis")
