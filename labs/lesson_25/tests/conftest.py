@@ -44,6 +44,14 @@ def clean_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_image_stays():
+    """Remove at the end what any test has built."""
+    yield
+    if engine.has_built:
+        engine.remove_images()
+
+
 @pytest.fixture
 def app(monkeypatch):
     """The app's module as after its import, with the counter off."""
@@ -85,8 +93,7 @@ def image(app_folder):
         f"--build-arg=BUILD_VERSION={BUILD_VERSION}",
         f"--build-arg=BUILD_DATE={BUILD_DATE}",
     ]
-    yield engine.build("dev", *arguments, context=app_folder)
-    engine.remove_images()
+    return engine.build("dev", *arguments, context=app_folder)
 
 
 @pytest.fixture(scope="session")

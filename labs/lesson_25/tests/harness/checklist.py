@@ -1,15 +1,15 @@
 """The lesson's checkboxes, each with the test that proves it, shown at the end of a run."""
 
-import pathlib
 import re
 
-REPOSITORY = pathlib.Path(__file__).parents[4]
+from harness import REPOSITORY
+
 LESSON_TEXT = REPOSITORY / "lesson_25.md"
 TEST_NAME = re.compile(r"`([\w/]+\.py::\w+)`")
 
 
 def boxes():
-    """Return (claim, names of the tests that prove it) of each checkbox under Core and Acceptance criteria."""
+    """Return (claim, the tests that prove it) of each box under Core and Acceptance criteria."""
     text = LESSON_TEXT.read_text(encoding="utf-8")
     proved = text[text.index("\n## Core\n") : text.index("\n## Summary\n")]
     lines = re.findall(r"^- \[.\] (.*)$", proved, re.M)
@@ -20,15 +20,19 @@ def boxes():
 
 
 def outcomes(reporter):
-    """Return what became of each test of the run, by its name without parameters; the worst where there are several."""
+    """Return what became of each test of the run, by its name without parameters.
+
+    Where there are several, it is the worst.
+    """
     ranks = {"passed": 0, "needs an engine": 1, "failed": 2}
+    names = {
+        "passed": "passed",
+        "skipped": "needs an engine",
+        "failed": "failed",
+        "error": "failed",
+    }
     found = {}
-    for kind, name in (
-        ("passed", "passed"),
-        ("skipped", "needs an engine"),
-        ("failed", "failed"),
-        ("error", "failed"),
-    ):
+    for kind, name in names.items():
         for report in reporter.stats.get(kind, []):
             test = report.nodeid.partition("[")[0]
             found[test] = max(found.get(test, "passed"), name, key=ranks.get)
@@ -36,7 +40,10 @@ def outcomes(reporter):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Print the checklist: ticked, crossed, or why it is neither; a box without a test is the reader's own."""
+    """Print the checklist: each box ticked, crossed, or with the word why it is neither.
+
+    A box without a test is the reader's own.
+    """
     if config.getoption("step"):  # the judge has its own
         return
     found = outcomes(terminalreporter)

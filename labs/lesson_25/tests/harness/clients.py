@@ -18,7 +18,10 @@ NO_ANSWER_SECONDS = 20
 
 
 def get(port, path="/", timeout=5):
-    """Return the Answer to one GET on a connection of its own. Raises one of FAILURES without one in time (seconds)."""
+    """Return the Answer to one GET on a connection of its own.
+
+    Raises one of FAILURES where none comes within `timeout` seconds.
+    """
     with contextlib.closing(
         http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     ) as connection:
@@ -40,7 +43,10 @@ def timed(function, *arguments, **options):
 
 
 def seconds_to(port, path="/"):
-    """Return the seconds to an answer, infinity where none came in NO_ANSWER_SECONDS; fail where it was no 200."""
+    """Return the seconds to an answer, infinity where none came in NO_ANSWER_SECONDS.
+
+    Fail where it was no 200.
+    """
     began = time.monotonic()
     try:
         assert get(port, path, NO_ANSWER_SECONDS).status == 200
@@ -50,7 +56,10 @@ def seconds_to(port, path="/"):
 
 
 def probe(port, times, every):
-    """Return the seconds to each answer of /health, asked once in `every` seconds, and at once after a later one."""
+    """Return the seconds to each answer of /health, asked once in `every` seconds.
+
+    After an answer that took longer it is asked again at once.
+    """
     waits = [0.0]
     for _ in range(times):
         time.sleep(max(0, every - waits[-1]))
@@ -66,7 +75,10 @@ def counted(answer):
 
 
 def every_hit_counts(port, hits=20):
-    """Return whether as many hits in a row are counted, which meets every worker; raises as `counted` does."""
+    """Return whether as many hits in a row are counted, which meets every worker.
+
+    Raises as `counted` does.
+    """
     return all(counted(get(port)) for _ in range(hits))
 
 
@@ -98,7 +110,7 @@ def serving(server):
 
 @contextlib.contextmanager
 def slow_clients(port, count=200):
-    """Yield connections that, in a `with` block, each send another byte of one header every half second."""
+    """Yield connections that, in a `with` block, each send a byte of a header every half second."""
     stop = threading.Event()
     with contextlib.ExitStack() as cleanup:
         made = [
@@ -109,9 +121,8 @@ def slow_clients(port, count=200):
             connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ")
 
         def go_on():
-            for connection in itertools.cycle(
-                made
-            ):  # one after the other, not in a burst that holds up who measures
+            # One after the other, not in a burst that holds up who measures.
+            for connection in itertools.cycle(made):
                 if stop.wait(0.5 / count):
                     return
                 with contextlib.suppress(OSError):  # the server has lost patience with it
@@ -125,10 +136,11 @@ def slow_clients(port, count=200):
 
 
 class Visitors:
-    """Clients that ask for / all the time, in a `with` block; what each was answered is in its list of `answers`.
+    """Clients that ask for / all the time, in a `with` block.
 
-    `failures` holds what came instead of an answer. Each client keeps its connection: a new one for every request
-    would use up the ports of the engine's proxy, which has 28,000 a minute, and then resets connections.
+    What each was answered is in its list of `answers`; `failures` holds what came instead of an
+    answer. Each client keeps its connection: a new one for every request would use up the ports of
+    the engine's proxy, which has 28,000 a minute, and then resets connections.
     """
 
     def __init__(self, port, count=8, pause=0.0):
@@ -163,14 +175,18 @@ class Visitors:
             thread.join()
 
     def numbers(self):
-        """Return the numbers handed out, a list for each client; fail where an answer was none, or no 200."""
-        assert not self.failures, self.failures[:3]
-        assert {answer.status for answers in self.answers for answer in answers} == {200}
-        for answers in self.answers:
-            for answer in answers:
-                assert (answer.json["hit_count"] is None) != (answer.json["redis_error"] is None), (
-                    answer.json
-                )
+        """Return the numbers handed out, a list for each client.
+
+        Fail where a request had no answer, or one that was no 200, or neither number nor reason.
+        """
+        failed = self.failures
+        assert not failed, f"{len(failed)} requests had no answer, the first: {failed[:3]}"
+        given = [answer for answers in self.answers for answer in answers]
+        statuses = {answer.status for answer in given}
+        assert statuses == {200}, f"answers were not all 200: {statuses}"
+        for answer in given:
+            number, error = answer.json["hit_count"], answer.json["redis_error"]
+            assert (number is None) != (error is None), f"number or reason: {answer.json}"
         return [
             [answer.json["hit_count"] for answer in answers if answer.json["hit_count"] is not None]
             for answers in self.answers

@@ -1,28 +1,31 @@
 """The docker command line, and the containers, images and stacks of one test run.
 
-Everything is named after RUN, so that it can neither meet a learner's containers, counter or images nor stay behind.
+Everything is named after RUN: it meets nobody else's containers, counter or images, and what
+is left of it can be found.
 """
 
 import contextlib
 import functools
 import json
 import os
-import pathlib
+import random
 import secrets
 import socket
 import subprocess
 
+from harness import PROJECT
 from harness.clients import counted, eventually, get
+from harness.limits import PATIENCE_SECONDS
 
-LESSON = pathlib.Path(__file__).parents[2]
-CONTEXT = LESSON / "app"
-LOCAL_FILE = LESSON / "compose" / "docker-compose.yml"
+CONTEXT = PROJECT / "app"
+LOCAL_FILE = PROJECT / "compose" / "docker-compose.yml"
+LESSON = PROJECT  # lesson only
 BASE, REDIS = "python:3.12-slim", "redis:7-alpine"
 RUN = f"lab25-test-{secrets.token_hex(4)}"
 
 
 def docker(*arguments, check=True, timeout=300, **options):
-    """Run the docker command and return its CompletedProcess, with text output; with `check`, fail where it does."""
+    """Run the docker command and return its CompletedProcess; with `check`, fail where it does."""
     command = ["docker", *map(str, arguments)]
     options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, **options}
     result = subprocess.run(command, timeout=timeout, **options)
@@ -51,14 +54,31 @@ def inspect(name, what="container"):
     return json.loads(docker(what, "inspect", name).stdout)[0]
 
 
+_ports = set()
+
+
 def free_port():
-    """Return a TCP port of this machine where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """Return a TCP port of this machine where nothing listens, and another one each time.
+
+    It is below those that the kernel and the engine give out by themselves, so that none of them
+    takes it before it is used.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        if port in _ports:
+            continue
+        _ports.add(port)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+
+
+has_built = False
 
 
 def build(tag, *options, context=CONTEXT):
-    """Build `context` as RUN:tag and return that name."""
+    """Build `context` as RUN:tag and return that name; it is removed when the run ends."""
+    global has_built
+    has_built = True
     image = f"{RUN}:{tag}"
     docker("build", "--tag", image, *options, context)
     return image
@@ -66,17 +86,16 @@ def build(tag, *options, context=CONTEXT):
 
 def layer_sizes(image):
     """Return the unpacked bytes of each line of the image's history, the last made first."""
-    return [
-        int(size)
-        for size in docker(
-            "history", "--human=false", "--format", "{{.Size}}", image
-        ).stdout.split()
-    ]
+    listing = docker("history", "--human=false", "--format", "{{.Size}}", image).stdout
+    return [int(size) for size in listing.split()]
 
 
 @functools.cache
 def base_lines():
-    """Return how many lines of a history are the base image's, which a build alone does not leave on every engine."""
+    """Return how many lines of a history are the base image's.
+
+    It is pulled, because not every engine keeps the base image of a build.
+    """
     docker("pull", "--quiet", BASE)
     return len(layer_sizes(BASE))
 
@@ -91,11 +110,29 @@ def remove_images(naming=RUN):
     lines = docker("image", "ls", "--all", "--digests", "--format", columns).stdout.splitlines()
     for repository, tag, digest in map(str.split, lines):
         if naming in repository:
-            docker(
-                "image",
-                "rm",
-                f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}",
-            )
+            name = f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}"
+            docker("image", "rm", name)
+
+
+def remove_all(naming):
+    """Remove every container, network, volume and image whose name contains `naming`."""
+    named = ["--quiet", "--filter", f"name={naming}"]
+    for listing, removal in (
+        (["ps", "--all"], ["rm", "--force", "--volumes"]),
+        (["network", "ls"], ["network", "rm"]),
+        (["volume", "ls"], ["volume", "rm", "--force"]),
+    ):
+        if found := docker(*listing, *named).stdout.split():
+            docker(*removal, *found)
+    remove_images(naming)
+
+
+def give_image(image, node, folder):
+    """Load an image of this engine into the one that runs in the container `node`."""
+    archive = folder / "image.tar"
+    docker("save", "--output", archive, image)
+    docker("cp", archive, f"{node.name}:/image.tar")
+    node.run("docker", "load", "--input", "/image.tar")
 
 
 class Container:
@@ -119,14 +156,13 @@ class Container:
         return get(self.port(), path, timeout=timeout)
 
     def address(self, network="bridge"):
-        """Return its IP address in a network, which this machine reaches where the engine runs on it."""
+        """Return its IP address in a network; this machine reaches it if the engine runs here."""
         return self.inspect()["NetworkSettings"]["Networks"][network]["IPAddress"]
 
     def memory_bytes(self):
         """Return what `docker stats` says that it uses."""
-        used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", self.name).stdout.split(
-            " /"
-        )[0]
+        said = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", self.name).stdout
+        used = said.split(" /")[0]
         number, unit = used[:-3], used[-3:]
         return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
 
@@ -143,6 +179,19 @@ class Container:
         result = docker("logs", self.name)
         return result.stdout + result.stderr
 
+    def wait_for(self, condition, seconds=PATIENCE_SECONDS):
+        """Return the first true result of `condition`; fail with the log, at once if it ended."""
+
+        def running_and_true():
+            state = self.inspect()["State"]
+            assert state["Status"] != "exited", f"it ended with status {state['ExitCode']}"
+            return condition()
+
+        try:
+            return eventually(running_and_true, seconds)
+        except AssertionError as failure:
+            raise AssertionError(f"{failure}; its log:\n{self.log()}") from None
+
     def run(self, *command, **options):
         """Run a command inside and return its CompletedProcess."""
         return docker("exec", self.name, *command, **options)
@@ -154,14 +203,14 @@ class Container:
 
 @contextlib.contextmanager
 def container(image, *options, command=(), wait=True):
-    """Yield a Container of `image` with its port published; it serves already unless `wait` is false."""
+    """Yield a Container of `image`, its port published; with `wait`, it serves already."""
     name = f"{RUN}-{secrets.token_hex(3)}"
     try:
         docker("create", "--name", name, "--publish", "127.0.0.1::8080", *options, image, *command)
         made = Container(name)
         if wait:
             docker("start", name)
-            eventually(lambda: made.get("/health"), 15)
+            made.wait_for(lambda: made.get("/health"), 30)
         yield made
     finally:
         docker("rm", "--force", "--volumes", name)
@@ -177,12 +226,12 @@ def redis_in(network, *options):
     """Yield the Container of a Redis that answers in this network."""
     with container(REDIS, "--network", network, *options, wait=False) as made:
         docker("start", made.name)
-        eventually(lambda: ping(made))
+        made.wait_for(lambda: ping(made))
         yield made
 
 
 class Stack:
-    """One of the lesson's Compose files under a project name, port and image name of the tests' own.
+    """A Compose file under a project name, port and image name of the tests' own.
 
     Container names are fixed in the files, so an override takes them away.
     """
@@ -191,14 +240,18 @@ class Stack:
         self.project = project or f"{RUN}-{secrets.token_hex(3)}"
         self.port = port or free_port()
         self.network = f"{self.project}_backend"
-        self.hosts = (
-            folder / f"{secrets.token_hex(3)}.hosts"
-        )  # what web finds here it does not ask the engine for
+        # What web finds here it does not ask the engine for.
+        self.hosts = folder / f"{secrets.token_hex(3)}.hosts"
         self.hosts.write_text("127.0.0.1 localhost\n")
         override = folder / f"{secrets.token_hex(3)}.yml"
         override.write_text(
-            f"services:\n  web:\n    container_name: !reset null\n    volumes: ['{self.hosts}:/etc/hosts:ro']\n{web}"
-            "  redis:\n    container_name: !reset null\n"
+            "services:\n"
+            "  web:\n"
+            "    container_name: !reset null\n"
+            f"    volumes: ['{self.hosts}:/etc/hosts:ro']\n"
+            f"{web}"
+            "  redis:\n"
+            "    container_name: !reset null\n"
         )
         self.files = [*files, override]
         self.environment = {**os.environ, "LAB25_PORT": str(self.port), **(environment or {})}
@@ -211,8 +264,12 @@ class Stack:
     def compose(self, *arguments, **options):
         return docker(*self.command(*arguments)[1:], env=self.environment, **options)
 
-    def up(self, *options, **more):
-        return self.compose("up", "--detach", "--wait", *options, **more)
+    def up(self, *options):
+        """Start the stack and wait until it is healthy; fail with its log where it is not."""
+        started = self.compose("up", "--detach", "--wait", *options, check=False)
+        if started.returncode:
+            log = self.compose("logs", check=False).stdout
+            raise AssertionError(f"the stack did not come up: {started.stderr}\nits log:\n{log}")
 
     def down(self, *options):
         return self.compose("down", "--remove-orphans", "--timeout", "2", *options)
@@ -258,7 +315,8 @@ def local_stack(folder, image, file=LOCAL_FILE):
 def kill(container_name):
     """Send SIGKILL to a container's first process, as a crash would.
 
-    `docker kill` would not do: the engine takes it for the operator's wish and does not restart the container.
+    `docker kill` would not do: the engine takes it for the operator's wish, and does not restart
+    the container.
     """
     pid = inspect(container_name)["State"]["Pid"]
     docker("run", "--rm", "--pid", "host", "--privileged", REDIS, "sh", "-c", f"kill -9 {pid}")

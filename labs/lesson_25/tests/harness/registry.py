@@ -7,12 +7,11 @@ import pathlib
 import re
 import secrets
 
-from harness.clients import eventually
 from harness.engine import container, docker
 
-USER = PASSWORD = "lesson"
-# `htpasswd -Bbn lesson lesson`: the registry knows no other kind of account
-ACCOUNTS = "lesson:$2y$05$uK5JhwjKe628.8cBIQK3rusVpLo28wDMvun.dZeWRBPIfpKZA1zJC\n"
+USER = PASSWORD = "tester"
+# `htpasswd -Bbn tester tester`: the registry knows no other kind of account
+ACCOUNTS = "tester:$2y$05$t127/IZ7CdRfb/YURTzcnOX/lBR/RI6sqMoJdKbBCCUX7p7WvOKWC\n"
 
 
 class Registry:
@@ -20,13 +19,17 @@ class Registry:
 
     user, password = USER, PASSWORD
 
-    def __init__(self, port, folder):
-        self.address = f"127.0.0.1:{port}"
+    def __init__(self, container, folder):
+        self.container = container.name
+        self.address = f"127.0.0.1:{container.port(5000)}"
         self.folder = folder
         self.logged_in = self.logged_out()
 
     def logged_out(self):
-        """Return the environment of a docker command with this user's settings and no login; each is a new one."""
+        """Return the environment of a docker command that has this user's settings and no login.
+
+        Each is a new one.
+        """
         own = pathlib.Path(os.environ.get("DOCKER_CONFIG") or pathlib.Path.home() / ".docker")
         config = self.folder / secrets.token_hex(4)
         config.mkdir()
@@ -39,9 +42,8 @@ class Registry:
                 settings = json.loads((own / "config.json").read_text())
         for login in ("credsStore", "credHelpers"):
             settings.pop(login, None)
-        settings["auths"] = {
-            "lab25.invalid": {}
-        }  # with none at all, docker would find the system's credential store
+        # With none at all, docker would find the system's credential store.
+        settings["auths"] = {"lab25.invalid": {}}
         (config / "config.json").write_text(json.dumps(settings))
         return {**os.environ, "DOCKER_CONFIG": str(config)}
 
@@ -49,7 +51,7 @@ class Registry:
         return f"{self.address}/{owner}/lab25-web:{tag}"
 
     def blobs(self, owner, tag):
-        """Return the compressed bytes of each part that a machine pulls for an image, by the part's digest."""
+        """Return the compressed bytes of each part of an image that a machine pulls, by digest."""
         name = self.name(owner, tag)
 
         def manifest(name):
@@ -65,7 +67,7 @@ class Registry:
         return {blob["digest"]: blob["size"] for blob in (found["config"], *found["layers"])}
 
     def push(self, image, owner, *tags):
-        """Push `image` under each tag and leave no image of these names on the machine. Return the digest."""
+        """Push `image` under each tag, keep none of these names here, and return the digest."""
         for name in [self.name(owner, tag) for tag in tags]:
             docker("tag", image, name)
             said = docker("push", name, env=self.logged_in).stdout
@@ -78,17 +80,16 @@ def private_registry(folder):
     """Yield a Registry on a free port of loopback; its files are in `folder`."""
     accounts = folder / "htpasswd"
     accounts.write_text(ACCOUNTS)
-    options = ["--publish", "127.0.0.1::5000", "--env", "REGISTRY_AUTH=htpasswd"]
-    options += [
-        "--env",
-        "REGISTRY_AUTH_HTPASSWD_REALM=lesson",
-        "--env",
-        "REGISTRY_AUTH_HTPASSWD_PATH=/htpasswd",
+    options = [
+        "--publish=127.0.0.1::5000",
+        "--env=REGISTRY_AUTH=htpasswd",
+        "--env=REGISTRY_AUTH_HTPASSWD_REALM=tests",
+        "--env=REGISTRY_AUTH_HTPASSWD_PATH=/htpasswd",
     ]
     with container("registry:2", *options, wait=False) as made:
         docker("cp", accounts, f"{made.name}:/htpasswd")
         docker("start", made.name)
-        running = Registry(made.port(5000), folder)
+        running = Registry(made, folder)
         login = ["login", running.address, "--username", USER, "--password", PASSWORD]
-        eventually(lambda: docker(*login, env=running.logged_in, check=False).returncode == 0, 15)
+        made.wait_for(lambda: docker(*login, env=running.logged_in, check=False).returncode == 0)
         yield running
