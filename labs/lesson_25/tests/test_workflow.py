@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -12,8 +11,8 @@ import sys
 import pytest
 import yaml
 
-TESTS = pathlib.Path(__file__).parent
-REPOSITORY = next(folder for folder in TESTS.parents if (folder / ".github").is_dir())
+from harness import REPOSITORY
+
 RULES = REPOSITORY / ".github" / "publish.py"
 IMAGE = "ghcr.io/some-capitals/lab25-web"
 DIGEST, OTHER_DIGEST = f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"
@@ -815,9 +814,12 @@ def test_dependabot_watches_the_actions_and_every_list_of_packages():
         for update in updates
         for folder in update.get("directories", [update.get("directory")])
     }
-    lists = REPOSITORY.glob("**/requirements.in")
-    folders = {file.parent.relative_to(REPOSITORY) for file in lists}
-    expected = {("github-actions", "/")} | {("uv", f"/{folder.as_posix()}") for folder in folders}
+    lists = [
+        *REPOSITORY.glob("labs/lesson_25/*/requirements.in"),
+        *REPOSITORY.glob(".ci/requirements.in"),
+    ]
+    folders = [file.parent.relative_to(REPOSITORY).as_posix() for file in lists]
+    expected = {("github-actions", "/")} | {("uv", f"/{folder}") for folder in folders}
     assert watched == expected, (
         f"without updates: {expected - watched}; nothing to update: {watched - expected}"
     )
