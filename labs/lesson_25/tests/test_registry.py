@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 
-from harness.engine import LESSON, LOCAL_FILE, RUN, Stack, build, docker, free_port, remove_images
+from harness import PROJECT
+from harness.engine import LOCAL_FILE, RUN, Stack, build, docker, free_port, remove_images
 
 pytestmark = pytest.mark.engine
 
-REGISTRY_FILE = LESSON / "compose" / "docker-compose.registry.yml"
+REGISTRY_FILE = PROJECT / "compose" / "docker-compose.registry.yml"
 OWNER = "some-owner"
 
 

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from harness import PROJECT
 from harness.clients import Visitors, eventually
-from harness.engine import LESSON, LOCAL_FILE, RUN, kill, local_stack
+from harness.engine import LOCAL_FILE, RUN, kill, local_stack
 from harness.limits import MEMORY_LIMITS_BYTES, PROCESS_LIMITS
 
 pytestmark = pytest.mark.engine
@@ -91,7 +92,7 @@ def test_a_killed_redis_comes_back_with_every_answered_hit(stack):
 
 
 def test_watch_brings_a_saved_change_into_the_running_container(context, tmp_path):
-    shutil.copytree(LESSON / "compose", tmp_path / "compose")
+    shutil.copytree(PROJECT / "compose", tmp_path / "compose")
     with local_stack(tmp_path, f"{RUN}:watch", tmp_path / "compose" / LOCAL_FILE.name) as stack:
         stack.up("--build")
         command = stack.command("watch", "--no-up")

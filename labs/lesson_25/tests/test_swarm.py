@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from harness import PROJECT
 from harness.clients import FAILURES, Visitors, ask, counted, eventually
-from harness.engine import LESSON, REDIS, RUN, build, container, docker
+from harness.engine import REDIS, RUN, build, container, docker
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -104,7 +105,8 @@ class Swarm:
             "docker stack deploy --with-registry-auth --detach=false -c /docker-stack.yml lab25"
         )
         return docker(
-            "exec", "--env", f"IMAGE_TAG={tag}", self.manager.name, *command.split()
+            *["exec", "--env", f"IMAGE_TAG={tag}", "--env=GHCR_OWNER=vlrrbn"],
+            *[self.manager.name, *command.split()],
         ).stdout
 
     def tasks(self, service):
@@ -136,7 +138,7 @@ def swarm(image, registry, tmp_path_factory):
     """The stack on three nodes, from a registry that wants a login; shared, and left settled by each test."""
     folder = tmp_path_factory.mktemp("swarm")
     lacks = kernel_lacks(image)
-    file = (LESSON / "compose" / "docker-stack.yml").read_text()
+    file = (PROJECT / "compose" / "docker-stack.yml").read_text()
     for need in lacks:
         assert NEEDS[need][0] in file
         file = file.replace(*NEEDS[need])
@@ -196,7 +198,7 @@ def test_every_node_answers_for_two_tasks_and_hits_travel_encrypted(swarm, image
 
 
 @pytest.mark.parametrize(
-    "facts", ["web python 10001 268435456 128", "redis redis-server 999 134217728 64"]
+    "facts", ["web python 10001 536870912 512", "redis redis-server 999 134217728 64"]
 )
 def test_the_program_is_process_1_without_privileges_within_limits(swarm, facts):
     service, program, uid, *limits = facts.split()

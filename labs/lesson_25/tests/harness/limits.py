@@ -54,5 +54,5 @@ IDLE_MEMORY_BYTES = 80 * 2**20
 # After an outage, to the memory before it: waiting requests must not pile up.
 MEMORY_GROWTH_RATIO = 1.15
 # The Compose files' own, as the engine sets them.
-MEMORY_LIMITS_BYTES = {"web": 256 * 2**20, "redis": 128 * 2**20}
-PROCESS_LIMITS = {"web": 128, "redis": 64}
+MEMORY_LIMITS_BYTES = {"web": 512 * 2**20, "redis": 128 * 2**20}
+PROCESS_LIMITS = {"web": 512, "redis": 64}
