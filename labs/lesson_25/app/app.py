@@ -19,6 +19,7 @@ except ImportError:  # the service runs without the package, but cannot count
     redis = None
 
 HITS_KEY = "lab25_hits"
+MAX_DB = 2**31 - 1  # Redis keeps the number of a database in a C int
 
 # How long a request waits for Redis, each time that it waits: for an answer, and on a new
 # connection before that for the connection itself, TLS, AUTH and SELECT, where they are used.
@@ -110,7 +111,7 @@ def make_redis_client():
 def client_for_host(host):
     """Return a client for the Redis at `host`, REDIS_PORT and REDIS_DB. Raises ValueError."""
     port = whole_number("REDIS_PORT", 6379, 1, 65535)
-    db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)  # Redis keeps it in a C int
+    db = whole_number("REDIS_DB", 0, 0, MAX_DB)
     return redis.Redis(host=host, port=port, db=db, **client_options())
 
 

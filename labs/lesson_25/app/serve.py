@@ -29,7 +29,7 @@ from granian.http import HTTP1Settings
 
 import app
 import watch
-from app import setting, whole_number
+from app import MAX_DB, setting, whole_number
 
 MAX_WORKERS = 16  # what the stacks' limits on processes and memory hold under load
 
@@ -50,8 +50,9 @@ LOGGING = {
 }
 
 
-# --- Where Redis is, as far as it can be checked without a connection
+# --- Where Redis is: what can be checked without a connection
 
+# Any other option of an address could take away the time limits that every client is made with.
 URL_OPTIONS = {
     "db",
     "username",
@@ -61,12 +62,11 @@ URL_OPTIONS = {
     "ssl_keyfile",
     "ssl_cert_reqs",
     "ssl_check_hostname",
-}  # any other could take away the time limits that every client is made with
-MAX_DB = 2**31 - 1
+}
 
 
 def check_redis():
-    """Return where Redis is, for the log.
+    """Return where Redis is, in words for the log.
 
     Raises ValueError, with a sentence for the user, where a setting cannot be used. No sentence
     shows a part of REDIS_URL, REDIS_HOST or REDIS_PASSWORD: any part may be a password.
@@ -79,19 +79,12 @@ def check_redis():
         return "none, no counter"
     if app.redis is None:
         return f"none, no counter ({app.why_the_counter_is_off()})"
-    if host and (problem := problem_of_host(host)):
-        raise ValueError(
-            f"REDIS_HOST cannot be used: {problem}. It must be a host name or an IP address;"
-            " a port belongs in REDIS_PORT, a user or a password in REDIS_URL"
-        )
-    if url and (problem := problem_of_url(url)):
-        raise ValueError(
-            f"REDIS_URL cannot be used: {problem}. It must look like"
-            " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
-        )
-    pool = app.make_redis_client().connection_pool
-    connection = pool.connection_class(**pool.connection_kwargs)
-    if hasattr(connection, "path"):
+    if host:
+        check_redis_host(host)
+    else:
+        check_redis_url(url)
+    connection = unconnected(app.make_redis_client())
+    if hasattr(connection, "path"):  # a socket in the file system
         return connection.path
     return f"{connection.host}:{connection.port}/{connection.db}"
 
@@ -100,6 +93,26 @@ def refuse_both(one, other):
     """Raise ValueError where both settings are set."""
     if setting(one) and setting(other):
         raise ValueError(f"{one} and {other} are both set: unset one of them")
+
+
+def check_redis_host(host):
+    """Raise ValueError where REDIS_HOST cannot be used."""
+    problem = problem_of_host(host)
+    if problem:
+        raise ValueError(
+            f"REDIS_HOST cannot be used: {problem}. It must be a host name or an IP address;"
+            " a port belongs in REDIS_PORT, a user or a password in REDIS_URL"
+        )
+
+
+def check_redis_url(url):
+    """Raise ValueError where REDIS_URL cannot be used."""
+    problem = problem_of_url(url)
+    if problem:
+        raise ValueError(
+            f"REDIS_URL cannot be used: {problem}. It must look like"
+            " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
+        )
 
 
 def problem_of_host(host):
@@ -122,65 +135,82 @@ def problem_of_host(host):
 def problem_of_url(url):
     """Return what is wrong with an address, or None.
 
-    It is read by redis-py. What is asked here besides is what redis-py takes without a word and
-    what then fails later, or leads to another place than was meant.
+    redis-py reads it. The checks are for what redis-py would take without a word, and what then
+    would fail later, or lead to another Redis or another database than was meant.
     """
     if not url.startswith(("redis://", "rediss://", "unix://")):
         return "it begins with none of redis://, rediss:// and unix://"
     if "#" in url:
         return "it has a #, which must be written %23"
     try:
+        client = app.client_for_url(url)
         parts = urllib.parse.urlsplit(url)
-        port = parts.port
-        options = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
-        found = app.redis.connection.parse_url(url)
+        port = parts.port  # raises ValueError where it is none
     except ValueError:
         return (
             "its port or the value of an option cannot be read"
             " (in a password, write / as %2F, ? as %3F and @ as %40)"
         )
-
     if parts.scheme == "unix":
-        if not parts.path:
-            return "it names no socket"
+        problem = None if parts.path else "it names no socket"
     else:
-        if not parts.hostname:
-            return "it names no host"
-        if problem := problem_of_host(found["host"]):
-            return f"its host is none: {problem}"
-        if port == 0:
-            return "its port is not from 1 to 65535"
-        if not re.fullmatch("/?[0-9]*", parts.path):
-            return "what stands after the host is no number of a database"
-    if not 0 <= found.get("db", 0) <= MAX_DB:
-        return f"its database is not from 0 to {MAX_DB}"
+        problem = problem_of_place(parts.hostname, port, parts.path)
+    return problem or problem_of_options(client, parts)
 
-    if not {name for name, _ in options} <= URL_OPTIONS:
+
+def problem_of_place(host, port, path):
+    """Return what is wrong with these parts of an address, or None."""
+    if not host:
+        return "it names no host"
+    if problem := problem_of_host(urllib.parse.unquote(host)):
+        return f"its host is none: {problem}"
+    if port == 0:
+        return "its port is not from 1 to 65535"
+    if not re.fullmatch("/?[0-9]*", path):
+        return "what stands after the host is no number of a database"
+    return None
+
+
+def problem_of_options(client, parts):
+    """Return what is wrong with what stands after the ? of an address, or None.
+
+    `client` is made from the address, and `parts` are what urllib takes it apart to.
+    """
+    given = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    names = {name for name, _ in given}
+    values = {value for _, value in given}
+    if not names <= URL_OPTIONS:
         return f"it has an option that is none of {', '.join(sorted(URL_OPTIONS))}"
-    if not all(value for _, value in options):
+    if "" in values:
         return "it has an option without a value"
-    if parts.scheme != "rediss" and any(name.startswith("ssl_") for name, _ in options):
+    if parts.scheme != "rediss" and any(name.startswith("ssl_") for name in names):
         return "it has an option for TLS, which needs rediss://"
-    if "password" in found and app.redis_password():
+    if app.redis_password() and (parts.password or "password" in names):
         return "it has a password, and another one is set: unset one of them"
-
     try:
-        pool = app.client_for_url(url).connection_pool
-        pool.connection_class(**pool.connection_kwargs)
+        connection = unconnected(client)
     except Exception:
         return "an option has a value that redis-py does not take"
-    return problem_of_tls_files(found)
+    if not 0 <= connection.db <= MAX_DB:
+        return f"its database is not from 0 to {MAX_DB}"
+    if parts.scheme == "rediss":
+        return problem_of_tls_files(connection)
+    return None
 
 
-def problem_of_tls_files(found):
-    """Return what is wrong with the files that an address names, or None."""
-    certificate = found.get("ssl_certfile")
-    key = found.get("ssl_keyfile")
+def unconnected(client):
+    """Return a connection of this client that is made, which checks its options, and not open."""
+    pool = client.connection_pool
+    return pool.connection_class(**pool.connection_kwargs)
+
+
+def problem_of_tls_files(connection):
+    """Return what is wrong with the files for TLS that a connection names, or None."""
     try:
-        context = ssl.create_default_context(cafile=found.get("ssl_ca_certs"))
-        if certificate or key:
-            # Without a password OpenSSL would ask for one at the terminal.
-            context.load_cert_chain(certificate, key, password="")
+        context = ssl.create_default_context(cafile=connection.ca_certs)
+        if connection.certfile or connection.keyfile:
+            # Without a password here OpenSSL would ask for one at the terminal.
+            context.load_cert_chain(connection.certfile, connection.keyfile, password="")
     except (OSError, TypeError):
         return "a file that it names cannot be read, or holds no certificate or no key"
     return None
@@ -242,7 +272,10 @@ class Server(Granian):
 
     def run(self):
         """Serve until the end. Exits with status 0 after an end signal."""
-        threading.Thread(target=wait_for_the_end, args=[self], daemon=True).start()
+        expected = set(END_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started by nohup
+            expected.remove(signal.SIGHUP)
+        threading.Thread(target=wait_for_the_end, args=[self, expected], daemon=True).start()
         loader = functools.partial(
             app_in_worker, app.start_time, self.workers_end, self.parents_end
         )
@@ -256,16 +289,14 @@ class Server(Granian):
         super().shutdown(exit_code)
 
 
-def wait_for_the_end(server):
-    """Wait for an end signal and have the server end.
+def wait_for_the_end(server, end_signals):
+    """Wait for one of these signals, then have the server end.
 
-    In a thread, because granian's own handler can wait for ever: it sets an event for which the
-    interrupted thread may be waiting, with the event's lock in its hand.
+    It is for a thread of its own. granian's handlers run in the main thread, and set an event
+    for which that thread may be waiting with the event's lock in its hand: it then waits for
+    itself, for ever.
     """
-    expected = set(END_SIGNALS)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started by nohup
-        expected.remove(signal.SIGHUP)
-    signal.sigwait(expected)
+    signal.sigwait(end_signals)
     server.signal_handler_interrupt()
 
 
