@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from urllib.parse import quote
 
 NUMBER = r"(0|[1-9][0-9]*)"  # no leading zero: 1.02 and 1.2 would be one version
@@ -30,7 +31,7 @@ WITHOUT_WHEELS = re.compile(r"linux/(386|arm(/v[5-7])?|mips64le|ppc64le|riscv64|
 
 def say(sentence):
     """Show a sentence on the run's page."""
-    print(f"::notice::{sentence}")
+    print(f"::notice::{sentence}", flush=True)
 
 
 def stop(sentence):
@@ -45,10 +46,12 @@ def stop(sentence):
 def ask(path=""):
     """Return what GitHub's API says of this repository at a path. Stop where it does not answer."""
     address = f"repos/{os.environ['GITHUB_REPOSITORY']}{path}"
-    answer = subprocess.run(["gh", "api", address], stdout=subprocess.PIPE, text=True)
-    if answer.returncode != 0:
-        stop(f"GitHub did not answer what `gh api {address}` asks, so nothing was done.")
-    return json.loads(answer.stdout)
+    for pause_seconds in (2, 5, 10, 0):
+        answer = subprocess.run(["gh", "api", address], stdout=subprocess.PIPE, text=True)
+        if answer.returncode == 0:
+            return json.loads(answer.stdout)
+        time.sleep(pause_seconds)
+    stop(f"GitHub did not answer what `gh api {address}` asks, so nothing was done.")
 
 
 def refs(beginning):

@@ -481,11 +481,16 @@ class Outside:
         self.folder = folder
         self.github = {}
         self.registry = {}  # what each name leads to, or what the registry says instead
+        (folder / "sitecustomize.py").write_text("import time\ntime.sleep = lambda _: None\n")
         stand_in(
             folder,
             "gh",
-            "import json, os, sys\n"
+            "import json, os, pathlib, sys\n"
             "answers, path = json.loads(os.environ['GITHUB']), sys.argv[2].partition('?')[0]\n"
+            "fault = pathlib.Path(__file__).with_name('fault')\n"
+            "if fault.exists():\n"
+            "    fault.unlink()\n"
+            "    sys.exit('gh: HTTP 502')\n"
             "if sys.argv[1] != 'api' or path not in answers: sys.exit(f'gh: no answer: {path}')\n"
             "print(json.dumps(answers[path]))\n",
         )
@@ -514,6 +519,7 @@ class Outside:
         kind, _, name = ref.partition("/")
         environment = {
             "PATH": os.pathsep.join([str(self.folder), os.environ["PATH"]]),
+            "PYTHONPATH": str(self.folder),
             "GITHUB": json.dumps(self.github),
             "REGISTRY": json.dumps(self.registry),
             "MOVED": str(self.folder / "moved"),
@@ -695,6 +701,12 @@ def test_no_name_moves_while_github_does_not_answer(outside, ref):
     assert result.returncode != 0, f"{ref} is named without an answer: {outside.moved}"
     assert outside.moved == set(), f"{ref} moves {outside.moved} without an answer"
     assert "GitHub did not answer" in result.stdout, f"nothing says why: {result.stdout}"
+
+
+def test_a_passing_fault_of_github_is_asked_again(outside):
+    (outside.folder / "fault").touch()  # gh's stand-in fails once
+    result = outside.run("name", "heads/main")
+    assert "main" in outside.moved, f"one 502 makes the run red: {result.stdout}{result.stderr}"
 
 
 def test_no_release_is_named_while_the_registry_does_not_say_whether_it_has_it(outside):
