@@ -15,6 +15,8 @@ REASONS = {
     "needs GitHub",
     "needs a swarm",
     "needs several machines",
+    "the other of two ways",
+    "removes what is left",
     "runs the tests",
     "runs the benchmark",
     "run by test_make_it_yours.py",
