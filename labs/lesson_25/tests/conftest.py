@@ -8,7 +8,7 @@ import fakeredis
 import pytest
 
 import app as lab25
-from harness import engine
+from harness import engine, reader
 from harness.registry import private_registry
 
 pytest_plugins = ["harness.checklist", "harness.judge"]  # lesson only
@@ -50,6 +50,28 @@ def no_image_stays():
     yield
     if engine.has_built:
         engine.remove_images()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def followed(request, tmp_path_factory):
+    """What became of each unit of the texts that this run asks for.
+
+    Readers follow them while the other tests run, but not beside tests that measure time: there
+    they begin when the first test asks.
+    """
+    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    units = [parameters["unit"] for parameters in asked if "unit" in parameters]
+    if not units or engine.problem():
+        yield None
+        return
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    registry = request.getfixturevalue("registry")
+    folder = tmp_path_factory.mktemp("texts")
+    readers = reader.Readers(units, folder, registry, environment)
+    if not any(item.get_closest_marker("timing") for item in request.session.items):
+        readers.begin()
+    yield readers
+    readers.stop()
 
 
 @pytest.fixture

@@ -81,19 +81,10 @@ def parameters(in_own_swarm):
     return [pytest.param(unit, id=unit.name) for unit in UNITS if unit.in_own_swarm == in_own_swarm]
 
 
-@pytest.fixture(scope="session")
-def followed(request, registry, tmp_path_factory):
-    """A future for each unit that this run asks for; they are followed side by side."""
-    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    units = [parameters["unit"] for parameters in asked if "unit" in parameters]
-    with reader.side_by_side(units, tmp_path_factory.mktemp("texts"), registry) as futures:
-        yield futures
-
-
 @pytest.mark.engine
 @pytest.mark.parametrize("unit", parameters(in_own_swarm=False))
 def test_every_command_works_and_prints_what_the_text_shows(unit, followed):
-    followed[unit.name].result()
+    followed.result(unit)
 
 
 @pytest.mark.engine
@@ -101,4 +92,4 @@ def test_every_command_works_and_prints_what_the_text_shows(unit, followed):
 @pytest.mark.parametrize("unit", parameters(in_own_swarm=True))
 def test_every_command_for_a_swarm_works_in_an_engine_of_its_own(unit, followed):
     """A kernel without IPVS has no routing mesh: there the mesh is the test's own."""
-    followed[unit.name].result()
+    followed.result(unit)

@@ -3,14 +3,12 @@
 import concurrent.futures
 import contextlib
 import os
-import pathlib
+import platform
 import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import tempfile
 
 import pytest
 
@@ -18,7 +16,7 @@ from harness import PROJECT, REPOSITORY
 from harness.engine import BASE, CONTEXT, REDIS, RUN, docker, free_port, give_image, remove_all
 from harness.swarm import STACK_FILE, adapted, engine_in_container, kernel_lacks, mesh
 
-UNITS_AT_ONCE = 3  # they wait more than they work
+UNITS_AT_ONCE = 2  # beside the other tests; they wait more than they work
 MINUTES = {"": 5, "fails": 1}  # for one block, by its mark; what must fail does so soon
 SAID_BY_GHCR = "said by GHCR"  # which has other words than the tests' registry
 CURL_SECONDS = 30  # for an answer that does not come
@@ -27,12 +25,12 @@ CURL_SECONDS = 30  # for an answer that does not come
 class Reader:
     """One reader of one unit: a copy of the repository, and the words that stand for the text's."""
 
-    def __init__(self, folder, registry):
+    def __init__(self, folder, registry, environment):
         self.name = f"{RUN}-{secrets.token_hex(2)}"
         self.registry = registry
         self.port = free_port()
-        self.folder = folder
-        self.copy = folder / "copy"
+        self.folder = folder / self.name
+        self.copy = self.folder / "copy"
         self.words = {
             "lab25-web": f"{self.name}-web",
             "lab25-redis": f"{self.name}-redis",
@@ -46,16 +44,18 @@ class Reader:
             "your-name": registry.user,
             "your-nam": registry.user[:-1],
         }
-        (folder / "curl").mkdir()
-        (folder / "curl" / ".curlrc").write_text(f"max-time = {CURL_SECONDS}\n")
+        self.copy.mkdir(parents=True)
+        (self.folder / ".curlrc").write_text(f"max-time = {CURL_SECONDS}\n")
         self.environment = {
-            **registry.logged_out(),
-            "CURL_HOME": str(folder / "curl"),
+            **environment,
+            "DOCKER_CONFIG": registry.logged_out()["DOCKER_CONFIG"],
+            "CURL_HOME": str(self.folder),
             "GHCR_OWNER": registry.user,
             "GHCR_TOKEN": registry.password,
             "PORT": str(self.port),  # without Docker; the Compose files do not hand it on
         }
         self._started = []
+        self._stopped = False
 
     def own(self, text):
         """Return a text in the words of this reader's copy."""
@@ -94,6 +94,7 @@ class Reader:
         variables, failed, printed = (
             self.folder / name for name in ("variables", "failed", "printed")
         )
+        assert not self._stopped, "the run was ended"
         variables.touch()
         failed.write_text("0 ")
         first_line = (
@@ -140,32 +141,12 @@ class Reader:
         pytest.fail(message, pytrace=False)
 
     def stop(self):
-        """End what the unit's commands left running."""
+        """Begin no other command, and end what the unit's commands left running."""
+        self._stopped = True
         for process in self._started:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-@contextlib.contextmanager
-def reader(folder, registry):
-    """Yield a Reader; at the end nothing is left of what it did."""
-    made = Reader(folder, registry)
-    try:
-        yield made
-    finally:
-        made.stop()
-        remove_all(made.name)
-
-
-def follow(unit, made):
-    """Let a Reader do what a unit says; fail at the first place where the text is wrong."""
-    made.copy_repository()
-    if unit.in_own_swarm:
-        with own_swarm(unit, made):
-            made.read(unit.blocks)
-    else:
-        made.read(unit.blocks)
 
 
 # A swarm of its own
@@ -207,7 +188,7 @@ def own_swarm(unit, made):
     lacks = kernel_lacks(BASE)
     stack = made.copy / STACK_FILE.relative_to(REPOSITORY)
     stack.write_text(adapted(made.own(STACK_FILE.read_text()), lacks))
-    options = ["--network", network, "--hostname", socket.gethostname()]
+    options = ["--network", network, "--hostname", platform.node()]
     options += ["--volume", f"{made.copy}:/copy:ro"]
     if "IPVS" not in lacks:
         options += ["--publish", f"127.0.0.1:{made.port}:{made.port}"]
@@ -241,20 +222,45 @@ def publish(made, tag):
 # Side by side
 
 
-@contextlib.contextmanager
-def side_by_side(units, folder, registry):
-    """Follow these units, some at once, each with a Reader of its own; yield a future for each."""
-    readers = []
+def follow(unit, made):
+    """Let a Reader do what a unit says; fail at the first place where the text is wrong."""
+    made.copy_repository()
+    with own_swarm(unit, made) if unit.in_own_swarm else contextlib.nullcontext():
+        made.read(unit.blocks)
 
-    def begin(unit):
-        with reader(pathlib.Path(tempfile.mkdtemp(dir=folder)), registry) as made:
-            readers.append(made)
-            follow(unit, made)
 
-    with concurrent.futures.ThreadPoolExecutor(UNITS_AT_ONCE) as pool:
+class Readers:
+    """Readers of some units, several at a time; what became of each is its `result`."""
+
+    def __init__(self, units, *options):
+        self.units = units
+        self.options = options
+        self._made = []
+        self._futures = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(UNITS_AT_ONCE)
+
+    def begin(self):
+        for unit in self.units:
+            self._futures[unit.name] = self._pool.submit(self._follow, unit)
+
+    def result(self, unit):
+        """Wait for a unit's end; fail as its reader did."""
+        if not self._futures:
+            self.begin()
+        self._futures[unit.name].result()
+
+    def _follow(self, unit):
+        made = Reader(*self.options)
+        self._made.append(made)
         try:
-            yield {unit.name: pool.submit(begin, unit) for unit in units}
+            follow(unit, made)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for made in readers:
-                made.stop()
+            made.stop()
+            remove_all(made.name)
+
+    def stop(self):
+        """End those that are still at work; each removes what it has made."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for made in self._made:
+            made.stop()
+        self._pool.shutdown()
