@@ -12,6 +12,7 @@ import random
 import secrets
 import socket
 import subprocess
+import time
 
 from harness import PROJECT
 from harness.clients import counted, eventually, get
@@ -230,6 +231,9 @@ def redis_in(network, *options):
         yield made
 
 
+UP_PATIENCE_SECONDS = 60
+
+
 class Stack:
     """A Compose file under a project name, port and image name of the tests' own.
 
@@ -265,11 +269,20 @@ class Stack:
         return docker(*self.command(*arguments)[1:], env=self.environment, **options)
 
     def up(self, *options):
-        """Start the stack and wait until it is healthy; fail with its log where it is not."""
-        started = self.compose("up", "--detach", "--wait", *options, check=False)
-        if started.returncode:
-            log = self.compose("logs", check=False).stdout
-            raise AssertionError(f"the stack did not come up: {started.stderr}\nits log:\n{log}")
+        """Start the stack and wait until it is healthy; fail with its log where it is not.
+
+        A container that a busy machine starts slowly is unhealthy first, and is waited for.
+        """
+        deadline = time.monotonic() + UP_PATIENCE_SECONDS
+        while True:
+            started = self.compose("up", "--detach", "--wait", *options, check=False)
+            if started.returncode == 0:
+                return
+            if "is unhealthy" not in started.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(1)
+        log = self.compose("logs", check=False).stdout
+        raise AssertionError(f"the stack is not healthy: {started.stderr}\nits log:\n{log}")
 
     def down(self, *options):
         return self.compose("down", "--remove-orphans", "--timeout", "2", *options)

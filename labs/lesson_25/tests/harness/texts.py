@@ -69,7 +69,8 @@ def anchor(heading):
 
 def texts():
     """Return the paths, from the top folder, of all texts there and of each room's own."""
-    files = {*REPOSITORY.glob("*.md"), *PROJECT.glob("*/README.md")}
+    files = {*REPOSITORY.glob("*.md"), *REPOSITORY.glob(".github/**/*.md")}
+    files |= {*PROJECT.glob("*/README.md")}
     return sorted(str(file.relative_to(REPOSITORY)) for file in files)
 
 
