@@ -21,10 +21,12 @@ def test_every_box_names_a_test_that_exists_or_is_the_readers():
 
 
 def test_a_run_ends_with_the_boxes():
-    file = "labs/lesson_25/tests/test_workflow.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file]
+    proved = {tests[0]: claim for claim, tests in checklist.boxes() if tests}
+    test = next(name for name in proved if "test_workflow.py" in name)  # which needs no engine
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test]
     shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
-    for line in ("[x] A pull request publishes nothing, ", "[ ] It runs as `appuser`, not as root"):
+    for name, claim in proved.items():
+        line = f"[x] {claim}\n" if name == test else f"[ ] {claim} (not run)\n"
         assert line in shown, f"the run's last lines do not say {line!r}:\n{shown}"
 
 
