@@ -191,12 +191,12 @@ def test_stays_below_its_limit_over_the_base(image):
     """What it adds to its base image is less than 36 MB."""
     steps = made_here(image)
     total = sum(size for size, _ in steps)
-    largest = sorted(steps, reverse=True)[:3]
-    shown = "; ".join(f"{size / MEGABYTE:.1f} MB by {command[:60]!r}" for size, command in largest)
+    large = sorted((step for step in steps if step[0] > MEGABYTE / 10), reverse=True)
+    shown = "\n".join(f"{size / MEGABYTE:.1f} MB: {command[:150]}" for size, command in large)
     limit = LAYERS_OVER_BASE_BYTES / MEGABYTE
     assert total < LAYERS_OVER_BASE_BYTES, (
-        f"it adds {total / MEGABYTE:.1f} MB to its base, and {limit:.0f} are the limit. "
-        f"A later step cannot make an earlier one smaller. The largest: {shown}"
+        f"it adds {total / MEGABYTE:.1f} MB to its base, and {limit:.0f} are the limit; "
+        f"a later step makes no earlier one smaller\n{shown}"
     )
 
 
@@ -243,8 +243,7 @@ def test_the_history_shows_what_came_from_the_builder(image):
 def test_names_the_python_version_in_from_alone(image, builder):
     """No step names the Python version of its base again, so a newer base needs one change."""
     for one in (image, builder):
-        naming = [command for _, command in made_here(one) if re.search(r"\b3\.\d+\b", command)]
-        naming = [command for command in naming if "python" in command]
+        naming = [command for _, command in made_here(one) if re.search(r"python-?3\.\d", command)]
         assert not naming, f"a step names the Python version a second time: {naming[0][:100]}"
 
 
