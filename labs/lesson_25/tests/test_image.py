@@ -554,8 +554,8 @@ def check_health(made):
 def test_the_health_check_fails_when_health_does(image, program):
     """The health check fails where /health answers no 200, or nothing at all."""
     options = ["--env=PORT=8000", "--health-interval=200ms", "--health-start-period=1ms"]
-    options += ["--health-retries=1", "--init"]
-    with container(image, *options, wait=False, command=["python", *program]) as made:
+    options += ["--health-retries=1", "--init", "--entrypoint=python"]
+    with container(image, *options, wait=False, command=program) as made:
         docker("start", made.name)
         eventually(lambda: health_log(made) and made.health != "starting", 40)
         assert made.health == "unhealthy", f"it is {made.health} though /health fails"
