@@ -44,7 +44,7 @@ def the_step(jobs, job, word):
     """Return the one step of a job whose action or script has a word; fail unless there is one."""
     steps = jobs.get(job, {}).get("steps", [])
     found = [step for step in steps if word in step.get("uses", "") + step.get("run", "")]
-    assert len(found) == 1, f"the job {job} should have one step with {word}, and has {len(found)}"
+    assert len(found) == 1, f"{len(found)} steps of the job {job} do `{word}`, instead of one"
     return found[0]
 
 
@@ -697,8 +697,12 @@ def test_a_published_release_is_not_built_again(jobs, outside, answer, stops):
     """A package that does not exist yet is `denied` or `not found`."""
     outside.registry[f"{IMAGE}:1.2.3"] = answer
     result = outside.run("unpublished", "tags/v1.2.3")
-    assert (result.returncode != 0) == stops, f"{answer}: {result.stdout}{result.stderr}"
-    assert not stops or "1.2.3 is published already" in result.stdout, result.stdout
+    assert (result.returncode != 0) == stops, (
+        f"a release is {'built again' if stops else 'refused'} where the registry says {answer}"
+    )
+    assert not stops or "1.2.3 is published already" in result.stdout, (
+        f"nothing says why a release is not built again: {result.stdout}"
+    )
     asked = the_step(jobs, "build", "publish.py unpublished")
     assert asked.get("if") == "github.ref_type == 'tag'", f"asked only if {asked.get('if')}"
     steps = jobs["build"]["steps"]
