@@ -104,6 +104,34 @@ def test_only_building_and_naming_write_packages_and_only_attesting_signs(workfl
     }, f"more or less may be written than publishing needs: {found}"
 
 
+def test_a_job_may_read_what_it_asks_for(jobs):
+    """Without `contents` no checkout and no answer of GitHub's, without `packages` no pull."""
+    for name, job in jobs.items():
+        asked = {"contents"} if "checkout" in str(job["steps"]) else set()
+        if "login-action" in str(job["steps"]):
+            asked.add("packages")
+        missing = asked - set(job.get("permissions") or {})
+        assert not missing, f"the job {name} may not read {missing}"
+
+
+@pytest.mark.parametrize("job", ["build", "try", "name", "attest"])
+def test_a_job_that_asks_the_registry_is_logged_in_where_a_package_is_private(jobs, job):
+    login = the_step(jobs, job, "login-action").get("with")
+    assert login == {
+        "registry": "ghcr.io",
+        "username": "${{ github.actor }}",
+        "password": "${{ github.token }}",
+    }, f"the job {job} logs in with {login}"
+    first = next(step for step in jobs[job]["steps"] if "checkout" not in step.get("uses", ""))
+    assert "login-action" in first.get("uses", ""), f"{job} does something before it logs in"
+
+
+def test_no_job_hangs_for_hours(jobs):
+    for name, job in jobs.items():
+        minutes = job.get("timeout-minutes", 360)  # GitHub's own limit
+        assert minutes <= 30, f"a hanging job {name} ends after {minutes} minutes only"
+
+
 def test_a_pull_request_builds_and_tests_but_cannot_publish(jobs):
     started = started_by_a_pull_request(jobs)
     assert {"plan", "lint", "test", "build-only"} == set(started), (
@@ -802,6 +830,31 @@ def test_the_other_jobs_get_what_is_settled_at_the_start(jobs, outside):
     handed = jobs.get("plan", {}).get("outputs", {})
     expected = {name: f"${{{{ steps.plan.outputs.{name} }}}}" for name in settled}
     assert handed == expected, f"the job plan settles {sorted(settled)} and hands on {handed}"
+
+
+@pytest.mark.parametrize(
+    ("job", "command", "told"),
+    [
+        ("plan", "plan", {"GH_TOKEN": "${{ github.token }}"}),
+        ("build", "unpublished", {"IMAGE": "${{ needs.plan.outputs.image }}"}),
+        (
+            "name",
+            "name",
+            {
+                "GH_TOKEN": "${{ github.token }}",
+                "IMAGE": "${{ needs.plan.outputs.image }}",
+                "DIGEST": "${{ needs.build.outputs.digest }}",
+                "DEFAULT_BRANCH": "${{ needs.plan.outputs.default_branch }}",
+            },
+        ),
+    ],
+)
+def test_the_rules_are_told_what_they_go_by(jobs, job, command, told):
+    step = the_step(jobs, job, f"publish.py {command}")
+    assert step.get("env") == told, f"`publish.py {command}` is told {step.get('env')}"
+    missing = {"plan", "build"} & set(re.findall(r"needs\.(\w+)\.", str(step)))
+    missing -= waits_for(jobs, job)
+    assert not missing, f"the job {job} reads what {missing} settles without waiting for it"
 
 
 # The signature
