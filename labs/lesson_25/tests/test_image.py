@@ -523,7 +523,7 @@ def test_the_health_check_follows_host_and_port(image):
             program = f"import socket; socket.create_connection({places[settings]})"
             eventually(lambda made=made, program=program: listens(made, program), 50, every=0.5)
             result = check_health(made)
-            said = (result.stderr + result.stdout).strip()[-200:]
+            said = (result.stdout + result.stderr).strip().rpartition("\n")[2]
             assert result.returncode == 0, f"with {settings} it fails where the app answers: {said}"
 
 
