@@ -20,7 +20,6 @@ from harness.limits import PATIENCE_SECONDS
 
 CONTEXT = PROJECT / "app"
 LOCAL_FILE = PROJECT / "compose" / "docker-compose.yml"
-LESSON = PROJECT  # lesson only
 BASE, REDIS = "python:3.12-slim", "redis:7-alpine"
 RUN = f"lab25-test-{secrets.token_hex(4)}"
 
