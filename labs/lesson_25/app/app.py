@@ -1,14 +1,15 @@
 """A hit counter on Redis, and a /health that answers with or without it.
 
-This file is the service: what it is told, how it asks Redis, what it answers. It stands alone:
-`python app.py` runs it in Flask's development server, and there every request asks Redis.
-In production serve.py starts it, with watch.py beside it. This file imports neither of them.
+This file is the service: its settings, how it asks Redis, and what it answers. It needs no other
+file: `python app.py` runs it in Flask's development server. In production serve.py starts it and
+adds a circuit breaker, so that requests need not wait for a Redis that is known to be away.
 """
 
 import os
 import re
 import socket
 import time
+from typing import NamedTuple
 
 from flask import Flask, request
 from werkzeug.exceptions import HTTPException
@@ -18,19 +19,19 @@ try:
 except ImportError:  # the service runs without the package, but cannot count
     redis = None
 
-HITS_KEY = "lab25_hits"
-MAX_DB = 2**31 - 1  # Redis keeps the number of a database in a C int
-
-# How long a request waits for Redis, each time that it waits: for an answer, and on a new
-# connection before that for the connection itself, TLS, AUTH and SELECT, where they are used.
-# That is 0.5 s as a rule and 2.5 s at worst. The look-up of the name comes on top: serve.py
-# limits it to 1 s for each name server.
+# The limit on each wait for Redis. A request usually waits once: for its answer. If it has to
+# make a new connection, it waits up to four times more: for the connection, and where they are
+# used for TLS, AUTH and SELECT. So a request waits up to 0.5 s as a rule, and 2.5 s at worst.
+# (A name with several addresses adds 0.5 s for each. The look-up of the name comes before all
+# this; serve.py limits it to 1 s for each name server.)
 WAIT_SECONDS = 0.5
 
-REASON_CHARACTERS = 200  # of redis_error, and in the log: some errors of Redis are a page
+HITS_KEY = "lab25_hits"
+MAX_DB = 2**31 - 1  # Redis keeps the number of a database in a C int
+MAX_REASON_CHARACTERS = 200  # some error messages of Redis fill a page
 
 
-# --- What it is told: environment variables, where an empty one counts as unset
+# --- Settings: environment variables. An empty one counts as unset.
 
 
 def setting(name, default=None):
@@ -41,7 +42,7 @@ def setting(name, default=None):
 def whole_number(name, default, lowest, highest):
     """Return the setting `name` as an integer.
 
-    Raises ValueError, with a sentence for the user, where it is no number in this range.
+    Raises ValueError, with a sentence for the user, where it is not a number in this range.
     """
     text = setting(name, str(default))
     if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
@@ -55,49 +56,51 @@ def whole_number(name, default, lowest, highest):
 def redis_password():
     """Return the password for Redis, or None where none is set.
 
-    Raises ValueError where REDIS_PASSWORD_FILE names a file that holds none.
+    Raises ValueError where REDIS_PASSWORD_FILE is set and no password can be read from it.
     """
     path = setting("REDIS_PASSWORD_FILE")
     if path is None:
         return setting("REDIS_PASSWORD")
+    must_be = f"REDIS_PASSWORD_FILE is {path!r}: it must be a file with the password"
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8") as file:
             password = file.read().rstrip("\r\n")
-        problem = "it is empty"
     except OSError as error:
-        password = None
-        problem = error.strerror
+        raise ValueError(f"{must_be} ({error.strerror})") from None
     except UnicodeError:
-        password = None
-        problem = "it is not UTF-8 text"
-    if password:
-        return password
-    raise ValueError(
-        f"REDIS_PASSWORD_FILE is {path!r}: it must be a file with the password ({problem})"
-    )
+        raise ValueError(f"{must_be} (it is not UTF-8 text)") from None
+    if not password:
+        raise ValueError(f"{must_be} (it is empty)")
+    return password
 
 
-# --- Redis
+def redis_is_configured():
+    """Return whether the settings say where Redis is. If not, the service does not count."""
+    return bool(setting("REDIS_URL") or setting("REDIS_HOST"))
+
+
+# --- The Redis client
 
 _redis_client = None  # made when it is first needed
-watch = None  # serve.py puts a watch.Watch here: it knows why hits are not counted just now
+_passwords = set()  # that a client was given, so that no error message shows one
 
 
 def get_redis_client():
-    """Return this process's Redis client, which need not be connected yet.
+    """Return this process's Redis client. It may not be connected yet.
 
-    Returns None where the counter is off. Raises ValueError where a setting cannot be used.
+    Returns None where Redis is not configured or the package redis is missing. Raises ValueError
+    where a setting cannot be used.
     """
     global _redis_client
     if redis is None:
         return None
-    if _redis_client is None:
-        _redis_client = make_redis_client()  # two threads may each make one: the later one stays
+    if _redis_client is None:  # two threads may both come here: then the second client is kept
+        _redis_client = make_redis_client()
     return _redis_client
 
 
 def make_redis_client():
-    """Return a new client, not connected, or None where no Redis is configured.
+    """Return a new client, not connected, or None where Redis is not configured.
 
     Raises ValueError where a setting cannot be used.
     """
@@ -109,143 +112,166 @@ def make_redis_client():
 
 
 def client_for_host(host):
-    """Return a client for the Redis at `host`, REDIS_PORT and REDIS_DB. Raises ValueError."""
+    """Return a client for the Redis at this host, REDIS_PORT and REDIS_DB. Raises ValueError."""
     port = whole_number("REDIS_PORT", 6379, 1, 65535)
     db = whole_number("REDIS_DB", 0, 0, MAX_DB)
     return redis.Redis(host=host, port=port, db=db, **client_options())
 
 
 def client_for_url(url):
-    """Return a client for the Redis at this address. Raises ValueError."""
+    """Return a client for the Redis at this address. Raises ValueError.
+
+    redis-py prefers what stands in the address to the same option from here. serve.py therefore
+    refuses an address that sets a time limit or a second password.
+    """
     options = client_options()
     try:
-        return redis.Redis.from_url(url, **options)
-    except Exception:  # its own words are not shown: they may hold a part of the password
-        raise ValueError("REDIS_URL cannot be used: it is no address of a Redis") from None
+        client = redis.Redis.from_url(url, **options)
+    except Exception:  # the error's own text is not shown: it may hold a part of the password
+        raise ValueError("REDIS_URL cannot be used: redis-py cannot read it") from None
+    _passwords.add(client.get_connection_kwargs().get("password"))
+    return client
 
 
 def client_options():
     """Return the options that every client is made with. Raises ValueError."""
+    password = redis_password()
+    _passwords.add(password)
     return {
-        "password": redis_password(),
+        "password": password,
         "socket_connect_timeout": WAIT_SECONDS,
         "socket_timeout": WAIT_SECONDS,
-        # An INCR without an answer may have counted. Sent again, it would count twice.
+        # No retries: an INCR without an answer may have counted, and would count twice. redis-py
+        # closes its connection, so that a late answer is not taken for that of another hit.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        # A new connection sends neither HELLO nor CLIENT SETINFO: each would be one more wait.
+        # With these two a new connection sends no HELLO and no CLIENT SETINFO, which would be
+        # two more waits.
         "protocol": 2,
         "driver_info": None,
     }
 
 
-# --- What Redis is asked
-
-
-# Each question raises whatever the client raises, and TypeError for an answer of the wrong kind.
+# --- Questions to Redis. Each takes a client, and raises whatever the client raises. An answer
+# --- of the wrong kind, as from a server that is not a Redis, raises TypeError.
 
 
 def count_hit(client):
     """Count one hit and return its number."""
-    return must_be_a_number(client.incr(HITS_KEY))
+    return check_count(client.incr(HITS_KEY))
 
 
-def must_be_a_number(answer):
-    """Return the answer to an INCR or INCRBY. Raises TypeError where it is no integer."""
-    if type(answer) is not int:
+def check_count(answer):
+    """Return the answer to an INCR. Raises TypeError where it is not a number."""
+    if type(answer) is not int:  # isinstance would take True for a number
         raise TypeError(f"INCR was answered with {answer!r}: is that a Redis?")
     return answer
 
 
 def ping(client):
-    """Return True where Redis answers."""
+    """Return True if Redis answers."""
     answer = client.ping()
     if not answer:
         raise TypeError(f"PING was answered with {answer!r}: is that a Redis?")
     return True
 
 
-def ask_redis(question):
-    """Ask Redis one of the questions above, unless it is known that hits are not counted.
+# --- Asking a question
 
-    Returns (answer, None), or (None, the reason why there is no answer), or (None, None) where
-    the counter is off. Never raises.
+# The circuit breaker, an object of watch.py. serve.py sets it in each worker process. Without
+# it, every request asks Redis.
+breaker = None
+
+
+class Failure(NamedTuple):
+    """Why a question has no answer: the kind of the failure, and one line of text about it."""
+
+    kind: str
+    reason: str
+
+
+def ask_redis(question):
+    """Ask Redis a question, unless it is known that Redis does not count hits at present.
+
+    Returns (answer, None) or (None, failure). Where Redis is not configured, which is no failure,
+    it returns (None, None). Never raises.
     """
-    outage = watch.outage if watch else None  # read once, because another thread may change it
+    if breaker is None:
+        return ask_redis_now(question)
+    outage = breaker.outage  # read once, because other threads change it
     if outage:
         return None, outage
-    answer, reason = ask_redis_now(question)
-    if reason and watch:
-        watch.report_failure(reason)
-    return answer, reason
+    answer, failure = ask_redis_now(question)
+    if failure:
+        breaker.request_failed(failure)
+    return answer, failure
 
 
 def ask_redis_now(question):
-    """Ask in any case, and return what ask_redis returns. Never raises."""
+    """Ask Redis a question in any case. Returns what ask_redis returns, and never raises."""
+    if redis is None and redis_is_configured():
+        return None, Failure("ImportError", "the Python package redis is not installed")
     try:
         client = get_redis_client()
-    except Exception as error:
-        return None, str(error)
+    except ValueError as error:
+        return None, Failure("ValueError", str(error))
     if client is None:
-        return None, why_the_counter_is_off()
+        return None, None
     try:
         return question(client), None
-    except Exception as error:  # what is no Redis makes the client raise more than RedisError
-        return None, in_one_line(error, client)
+    except Exception as error:  # not only RedisError: a server that is no Redis causes others
+        return None, failure_of(error)
 
 
-def why_the_counter_is_off():
-    """Return why there is no client: None where that is what was asked for."""
-    if redis is None and (setting("REDIS_HOST") or setting("REDIS_URL")):
-        return "the Python package redis is not installed"
-    return None
-
-
-def in_one_line(error, client):
-    """Return what an error says, in one short line and without the client's password."""
-    # Redis repeats the start of a command that it does not know, which may be AUTH.
-    text = str(error).partition(", with args beginning with")[0]
-    options = getattr(client, "get_connection_kwargs", dict)()  # a test's stand-in may have none
-    password = options.get("password")
-    if isinstance(password, str):
+def failure_of(error):
+    """Return an exception as a Failure: in one short line, without a password."""
+    kind = type(error).__name__
+    text = str(error)
+    # "unknown command 'AUTH', with args beginning with: 'the-password'" is what a Redis says
+    # that does not know the command. It may repeat only the start of the password.
+    text = text.partition(", with args beginning with")[0]
+    for password in filter(None, _passwords):
         text = text.replace(password, "***")
-    # With the name of its class, because some texts mean nothing alone: `3035 172.19.0.4:6379`.
-    line = " ".join(f"{type(error).__name__}: {text}".split())
-    return line[:REASON_CHARACTERS]
+    # The kind comes first, because not every text says what happened: that of a MovedError is
+    # "3035 172.19.0.4:6379".
+    reason = f"{kind}: {text}"
+    one_line = " ".join(reason.split())
+    return Failure(kind, one_line[:MAX_REASON_CHARACTERS])
 
 
-# --- What it answers
+# --- Answers to requests. A new route that uses Redis has its question above. Every worker
+# --- process has its own variables: a metric kept here counts for one of them.
 
 app = Flask(__name__, static_folder=None)
-start_time = time.monotonic()  # of the service: serve.py hands its own to every worker
+start_time = time.monotonic()  # serve.py sets it to the start of the service in each worker
 
 
 @app.get("/")
 def index():
-    """Return the greeting and this hit's number. A HEAD is no hit."""
-    hit_count = None
-    redis_error = None
+    """Return the greeting and the number of this hit. A HEAD request is not a hit."""
     if request.method == "GET":
-        hit_count, redis_error = ask_redis(count_hit)
+        hit_count, failure = ask_redis(count_hit)
+    else:
+        hit_count, failure = None, None
     return {
         "message": "Hello from lab25",
         "path": request.path,
         "host": request.host,
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
-        "redis_error": redis_error,
+        "redis_error": failure.reason if failure else None,
     }
 
 
 @app.get("/health")
 def health():
-    """Return that this process can serve, which does not depend on Redis."""
+    """Return status 200 with or without Redis: it says that this process can serve."""
     redis_answers, _ = ask_redis(ping)
     return {
         "status": "ok",
         "uptime_seconds": int(time.monotonic() - start_time),
         "hostname": socket.gethostname(),
         "env": setting("LAB_ENV", "dev"),
-        "redis_ok": redis_answers is True,
+        "redis_ok": bool(redis_answers),
         "version": setting("BUILD_VERSION", "dev"),
         "build_date": setting("BUILD_DATE", "unknown"),
     }
@@ -253,7 +279,10 @@ def health():
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an error as JSON with its own status and headers. A crash arrives as a bare 500."""
+    """Return an error as JSON, with its status and its headers (405 has Allow).
+
+    For an unexpected exception Flask logs the traceback and calls this with a plain 500.
+    """
     headers = [(name, value) for name, value in error.get_headers() if name != "Content-Type"]
     return {"error": error.description}, error.code, headers
 

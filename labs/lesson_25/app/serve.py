@@ -1,16 +1,21 @@
-"""The start: `python serve.py` checks the settings, then serves app.py until it is told to end."""
+"""The start: `python serve.py` checks the settings, then serves app.py until it is told to end.
+
+It needs a Unix system. The server is granian: a parent process, and worker processes that answer
+the requests. Each worker is forked from the parent, or, where Python does not fork (macOS, and
+Linux from Python 3.14 on), imports the modules anew.
+"""
 
 import signal
 
-# What ends the service: docker stop, Ctrl-C, a closed terminal.
+# How the service is told to end: by docker stop or systemd, by Ctrl-C, by a closed terminal.
 END_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 if __name__ == "__main__":
-    # Before the other imports, which take 0.3 s. A blocked signal waits until wait_for_the_end
-    # takes it. Process 1 of a container would never see one that it neither blocks nor handles.
+    # This comes before the other imports, because they take 0.3 s. A blocked signal is kept until
+    # wait_for_end_signal, below, takes it. Without this line, a signal during the imports would be
+    # lost in a container, whose first process gets no signal that it is not prepared for.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 
-import functools
 import gc
 import ipaddress
 import multiprocessing
@@ -23,26 +28,35 @@ import sys
 import threading
 import time
 import urllib.parse
+from functools import partial
 
 from granian import Granian
 from granian.http import HTTP1Settings
 
 import app
-import watch
 from app import MAX_DB, setting, whole_number
+from watch import CircuitBreaker
 
-MAX_WORKERS = 16  # what the stacks' limits on processes and memory hold under load
+# With 16 workers the service stays within the limits on processes and memory that the Compose
+# files set, also under load.
+MAX_WORKERS = 16
 
-# A kept connection without a request stays open longer than load balancers keep theirs (60 s):
-# one that the app closes first costs them a request. An unfinished request may take as long.
-IDLE_SECONDS = 75
+# Requests that one worker works on at the same time. All of them may be waiting for Redis for
+# half a second. With 6 threads the service answers 4 % fewer requests a second.
+THREADS = 8
 
-# Connections that a worker holds at once, idle ones too. 4,000 idle ones took 91 MiB.
+# Connections that one worker holds at the same time. Most of them are idle ones, kept by clients
+# for their next request. 4,000 idle connections take about 50 MiB.
 MAX_CONNECTIONS = 5_000
 
-THREADS = 8  # in each worker, as many requests may wait when Redis freezes; with 6 it is 4 % slower
-KILL_SECONDS = 5  # for a request that a client never finishes; Docker itself kills after ten
+# After this time without a complete request, a connection is closed. It must be longer than load
+# balancers keep an idle connection (60 s): if the service closes it first, a request is lost.
+IDLE_SECONDS = 75
 
+# At the end, a request may take this time before its worker is killed. Docker waits for 10 s.
+KILL_SECONDS = 5
+
+# granian adds this to its own configuration of logging, in which there is a handler "console".
 LOG_FORMAT = {"format": "%(asctime)s %(process)d %(levelname)s %(message)s"}
 LOGGING = {
     "formatters": {"generic": LOG_FORMAT, "access": LOG_FORMAT},
@@ -50,41 +64,28 @@ LOGGING = {
 }
 
 
-# --- Where Redis is: what can be checked without a connection
-
-# Any other option of an address could take away the time limits that every client is made with.
-URL_OPTIONS = {
-    "db",
-    "username",
-    "password",
-    "ssl_ca_certs",
-    "ssl_certfile",
-    "ssl_keyfile",
-    "ssl_cert_reqs",
-    "ssl_check_hostname",
-}
+# --- Checking where Redis is. All checks are made without a connection. No message shows a part
+# --- of REDIS_HOST or REDIS_URL, because any part of a wrong one may be a password.
 
 
 def check_redis():
     """Return where Redis is, in words for the log.
 
-    Raises ValueError, with a sentence for the user, where a setting cannot be used. No sentence
-    shows a part of REDIS_URL, REDIS_HOST or REDIS_PASSWORD: any part may be a password.
+    Raises ValueError, with a sentence for the user, where a setting cannot be used.
     """
     refuse_both("REDIS_HOST", "REDIS_URL")
     refuse_both("REDIS_PASSWORD", "REDIS_PASSWORD_FILE")
-    host = setting("REDIS_HOST")
-    url = setting("REDIS_URL")
-    if not host and not url:
+    if not app.redis_is_configured():
         return "none, no counter"
     if app.redis is None:
-        return f"none, no counter ({app.why_the_counter_is_off()})"
-    if host:
-        check_redis_host(host)
+        return "none, no counter (the Python package redis is not installed)"
+    app.redis_password()  # raises ValueError where its file cannot be used
+    if setting("REDIS_URL"):
+        check_redis_url(setting("REDIS_URL"))
     else:
-        check_redis_url(url)
-    connection = unconnected(app.make_redis_client())
-    if hasattr(connection, "path"):  # a socket in the file system
+        check_redis_host(setting("REDIS_HOST"))
+    connection = new_connection(app.get_redis_client())
+    if isinstance(connection, app.redis.UnixDomainSocketConnection):
         return connection.path
     return f"{connection.host}:{connection.port}/{connection.db}"
 
@@ -95,6 +96,15 @@ def refuse_both(one, other):
         raise ValueError(f"{one} and {other} are both set: unset one of them")
 
 
+def new_connection(client):
+    """Return a new connection of this client, which is not open yet.
+
+    Raises an exception of redis-py's choice where it does not take an option of the client.
+    """
+    pool = client.connection_pool
+    return pool.connection_class(**pool.connection_kwargs)
+
+
 def check_redis_host(host):
     """Raise ValueError where REDIS_HOST cannot be used."""
     problem = problem_of_host(host)
@@ -102,16 +112,6 @@ def check_redis_host(host):
         raise ValueError(
             f"REDIS_HOST cannot be used: {problem}. It must be a host name or an IP address;"
             " a port belongs in REDIS_PORT, a user or a password in REDIS_URL"
-        )
-
-
-def check_redis_url(url):
-    """Raise ValueError where REDIS_URL cannot be used."""
-    problem = problem_of_url(url)
-    if problem:
-        raise ValueError(
-            f"REDIS_URL cannot be used: {problem}. It must look like"
-            " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
         )
 
 
@@ -126,71 +126,101 @@ def problem_of_host(host):
     if not re.fullmatch(r"[\w.-]+", host):
         return "it has characters that no host name has"
     try:
-        host.encode("idna")
+        host.encode("idna")  # as the look-up of the name does
     except UnicodeError:
-        return "between its dots there is nothing, or more than 63 characters"
+        return "a part between two dots is empty, or longer than 63 characters"
     return None
+
+
+def check_redis_url(url):
+    """Raise ValueError where REDIS_URL cannot be used."""
+    problem = problem_of_url(url)
+    if problem:
+        raise ValueError(
+            f"REDIS_URL cannot be used: {problem}. It must look like"
+            " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
+        )
 
 
 def problem_of_url(url):
     """Return what is wrong with an address, or None.
 
-    redis-py reads it. The checks are for what redis-py would take without a word, and what then
-    would fail later, or lead to another Redis or another database than was meant.
+    redis-py takes many wrong addresses. Some of them fail only at the first hit, others lead to
+    another Redis or another database than was meant. These are refused here.
     """
     if not url.startswith(("redis://", "rediss://", "unix://")):
         return "it begins with none of redis://, rediss:// and unix://"
     if "#" in url:
         return "it has a #, which must be written %23"
     try:
-        client = app.client_for_url(url)
         parts = urllib.parse.urlsplit(url)
-        port = parts.port  # raises ValueError where it is none
+        port = parts.port
     except ValueError:
         return (
-            "its port or the value of an option cannot be read"
-            " (in a password, write / as %2F, ? as %3F and @ as %40)"
+            "its port cannot be read"
+            " (in a password, write / as %2F, ? as %3F, @ as %40, [ as %5B and ] as %5D)"
         )
     if parts.scheme == "unix":
-        problem = None if parts.path else "it names no socket"
+        problem = problem_of_socket(parts.hostname, parts.path)
     else:
         problem = problem_of_place(parts.hostname, port, parts.path)
-    return problem or problem_of_options(client, parts)
+    if problem:
+        return problem
+    return problem_of_options(url, parts)
 
 
-def problem_of_place(host, port, path):
-    """Return what is wrong with these parts of an address, or None."""
-    if not host:
-        return "it names no host"
-    if problem := problem_of_host(urllib.parse.unquote(host)):
-        return f"its host is none: {problem}"
-    if port == 0:
-        return "its port is not from 1 to 65535"
-    if not re.fullmatch("/?[0-9]*", path):
-        return "what stands after the host is no number of a database"
+def problem_of_socket(host, path):
+    """Return what is wrong with these parts of a unix:// address, or None."""
+    if host:
+        return "the path of its socket does not begin with a third /"
+    if not path:
+        return "it names no socket"
     return None
 
 
-def problem_of_options(client, parts):
-    """Return what is wrong with what stands after the ? of an address, or None.
+def problem_of_place(host, port, path):
+    """Return what is wrong with these parts of a redis:// or rediss:// address, or None."""
+    if not host:
+        return "it names no host"
+    problem = problem_of_host(urllib.parse.unquote(host))
+    if problem:
+        return f"its host cannot be right: {problem}"
+    if port == 0:
+        return "its port is not from 1 to 65535"
+    if not re.fullmatch("/?[0-9]*", path):
+        return "what follows its host is not the number of a database"
+    return None
 
-    `client` is made from the address, and `parts` are what urllib takes it apart to.
+
+# An address may have these options after its ?. Others could set a time limit of their own.
+TLS_OPTIONS = {
+    "ssl_ca_certs",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "ssl_cert_reqs",
+    "ssl_check_hostname",
+}
+URL_OPTIONS = TLS_OPTIONS | {"db", "username", "password"}
+
+
+def problem_of_options(url, parts):
+    """Return what is wrong with the options of an address, or with their values, or None.
+
+    `parts` are the parts of the address as urllib tells them apart.
     """
-    given = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
-    names = {name for name, _ in given}
-    values = {value for _, value in given}
-    if not names <= URL_OPTIONS:
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    if not options.keys() <= URL_OPTIONS:
         return f"it has an option that is none of {', '.join(sorted(URL_OPTIONS))}"
-    if "" in values:
+    if "" in options.values():
         return "it has an option without a value"
-    if parts.scheme != "rediss" and any(name.startswith("ssl_") for name in names):
+    if options.keys() & TLS_OPTIONS and parts.scheme != "rediss":
         return "it has an option for TLS, which needs rediss://"
-    if app.redis_password() and (parts.password or "password" in names):
+    if app.redis_password() and (parts.password or "password" in options):
         return "it has a password, and another one is set: unset one of them"
     try:
-        connection = unconnected(client)
+        connection = new_connection(app.client_for_url(url))
     except Exception:
-        return "an option has a value that redis-py does not take"
+        return "redis-py does not take the value of an option"
     if not 0 <= connection.db <= MAX_DB:
         return f"its database is not from 0 to {MAX_DB}"
     if parts.scheme == "rediss":
@@ -198,37 +228,34 @@ def problem_of_options(client, parts):
     return None
 
 
-def unconnected(client):
-    """Return a connection of this client that is made, which checks its options, and not open."""
-    pool = client.connection_pool
-    return pool.connection_class(**pool.connection_kwargs)
-
-
 def problem_of_tls_files(connection):
-    """Return what is wrong with the files for TLS that a connection names, or None."""
+    """Return what is wrong with the files that a connection for TLS names, or None."""
     try:
         context = ssl.create_default_context(cafile=connection.ca_certs)
         if connection.certfile or connection.keyfile:
-            # Without a password here OpenSSL would ask for one at the terminal.
+            # The password is for an encrypted key. Without it OpenSSL would ask at the terminal.
             context.load_cert_chain(connection.certfile, connection.keyfile, password="")
-    except (OSError, TypeError):
+    except (OSError, TypeError):  # TypeError: a key without a certificate
         return "a file that it names cannot be read, or holds no certificate or no key"
     return None
 
 
-# --- Where to listen
+# --- Checking where to listen
 
 
 def check_address(host, port):
-    """Return the IP address to listen at. Raises ValueError where nobody can listen there."""
+    """Return the IP address to listen on. Raises ValueError where that is not possible.
+
+    granian would not say that the port is taken, but share it with the other program. Nor does it
+    take a host name. So this listens for a moment, as granian will.
+    """
     family = {}
     if ":" in host:
         family = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     try:
-        # The server itself would share a port that is taken, and takes no host name.
-        with socket.create_server((host, port), **family) as free:
-            return free.getsockname()[0]
-    except (OSError, TypeError, ValueError) as error:
+        with socket.create_server((host, port), **family) as listener:
+            return listener.getsockname()[0]
+    except (OSError, TypeError, ValueError) as error:  # not OSError: a host that is no name
         raise ValueError(
             f"HOST is {host!r} and PORT is {port}: {error};"
             " set an address and a free port of this machine"
@@ -236,134 +263,151 @@ def check_address(host, port):
 
 
 def allow_open_files(count):
-    """Raise the limit on open files, of which every connection is one, as far as is allowed."""
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if now < count:
-        limit = count if most == resource.RLIM_INFINITY else min(count, most)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    """Let this process and its workers open so many files, if the system allows it.
+
+    A connection is an open file, and some systems start with a limit of 256.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY:
+        count = min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-# --- The server: its end is the difficult part
+# --- Serving, and the end
+#
+# How the service ends:
+#
+# 1. An end signal arrives: at the parent (docker stop), at all processes (Ctrl-C), or at one
+#    after the other (systemd). All processes block it. Only wait_for_end_signal, a thread of the
+#    parent, takes it. It wakes granian's main loop, which calls Server.shutdown.
+# 2. Server.shutdown tells granian that its workers are about to end, and closes the pipe.
+# 3. wait_for_parent, a thread of each worker, sees that the pipe is closed. It makes every answer
+#    from now on close its connection, and has granian end the worker.
+# 4. granian finishes the requests that a worker has begun. The worker ends.
+# 5. The parent waits for its workers, kills them after KILL_SECONDS, and ends with status 0.
+#
+# If the parent is killed, the system closes the pipe, and the workers end by steps 3 and 4.
+#
+# granian 2.8.7 by itself would have every process act on the signal. A worker that is quicker than
+# the parent then counts as crashed, and the service ends with status 1.
 
 
 class Server(Granian):
-    """Granian, with an end that is told to the parent alone and always arrives.
+    """granian, with another way to end.
 
-    How the service ends:
-
-    1. An end signal reaches the parent, or its whole group, or each process (as from docker
-       stop, a terminal, systemd). All threads of all processes block it, so that no handler
-       interrupts anything. One thread of the parent takes it: wait_for_the_end.
-    2. That thread wakes granian's main loop, which calls shutdown here.
-    3. shutdown tells granian that the workers end because of their parent. One that ends
-       without that counts as crashed: it would be started again, and the exit status be 1.
-    4. shutdown closes the pipe to the workers. It closes by itself when the parent is killed.
-    5. A thread of each worker, wait_for_the_parent, sees that. From then on every answer closes
-       its connection; granian answers what is in flight, and the worker ends.
-    6. granian waits for the workers, kills after KILL_SECONDS, and the parent exits with 0.
-
-    Of granian's inner names it relies on wrks, interrupt_by_parent, signal_handler_interrupt
-    and shutdown, as they are in 2.8.7, and on the handler that a worker sets for SIGTERM.
+    It uses these inner names of granian 2.8.7: `wrks`, `interrupt_by_parent`,
+    `signal_handler_interrupt` and `shutdown`.
     """
 
     def __init__(self, **settings):
+        # granian wants the name of the app, though load_app, below, returns the app itself.
         super().__init__("app:app", **settings)
+        # Nothing is sent through this pipe. Workers only wait for it to be closed.
         self.workers_end, self.parents_end = multiprocessing.Pipe(duplex=False)
 
     def run(self):
-        """Serve until the end. Exits with status 0 after an end signal."""
-        expected = set(END_SIGNALS)
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started by nohup
-            expected.remove(signal.SIGHUP)
-        threading.Thread(target=wait_for_the_end, args=[self, expected], daemon=True).start()
-        loader = functools.partial(
-            app_in_worker, app.start_time, self.workers_end, self.parents_end
-        )
-        self.serve(target_loader=loader, wrap_loader=False)
-        sys.exit(0)
+        """Serve until an end signal. Exits with status 1 if workers crash again and again."""
+        end_signals = set(END_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup sets it
+            end_signals.remove(signal.SIGHUP)
+        start_thread(wait_for_end_signal, end_signals, self)
+        # Every new worker calls load_app with these arguments.
+        load = partial(load_app, app.start_time, self.workers_end, self.parents_end)
+        self.serve(target_loader=load, wrap_loader=False)
 
     def shutdown(self, exit_code=0):
+        """Have the workers end, and wait for them. granian's main loop calls it."""
         for worker in self.wrks:
             worker.interrupt_by_parent = True
         self.parents_end.close()
         super().shutdown(exit_code)
 
 
-def wait_for_the_end(server, end_signals):
+def start_thread(function, *arguments):
+    """Call a function in a thread that does not keep the process from ending."""
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
+def wait_for_end_signal(end_signals, server):
     """Wait for one of these signals, then have the server end.
 
-    It is for a thread of its own. granian's handlers run in the main thread, and set an event
-    for which that thread may be waiting with the event's lock in its hand: it then waits for
-    itself, for ever.
+    granian has handlers for signals, but they can hang. A handler interrupts the main thread,
+    and granian's sets the event for which the main thread waits. If the main thread is just
+    holding the lock of that event, the handler waits for the lock, and the main thread for the
+    handler.
     """
     signal.sigwait(end_signals)
     server.signal_handler_interrupt()
 
 
-def app_in_worker(start_time, workers_end, parents_end):
-    """Return the app to granian in a new worker process, with what belongs to one."""
-    parents_end.close()  # the pipe ends when the parent's own copy is closed
-    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
-    app.start_time = start_time
+def load_app(start_time, workers_end, parents_end):
+    """Return the app to granian, in a new worker."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # a forked worker has it from its parent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # wait_for_parent sees when granian changes it
+    parents_end.close()  # this worker's copy of it: a pipe is closed when all its copies are
     ending = threading.Event()
+    start_thread(wait_for_parent, workers_end, ending)
 
-    @app.app.after_request
-    def close_the_connection_at_the_end(response):
-        # A client that keeps asking on a connection accepted just now would delay the end.
-        if ending.is_set():
-            response.headers["Connection"] = "close"
-        return response
-
-    inherited = signal.getsignal(signal.SIGTERM)
-    threading.Thread(
-        target=wait_for_the_parent, args=[workers_end, inherited, ending], daemon=True
-    ).start()
-    if app.get_redis_client() is not None:
-        app.watch = watch.Watch()
-        app.watch.start()
+    app.start_time = start_time
+    app.app.after_request(partial(close_connection_if, ending))
+    if app.get_redis_client():
+        app.breaker = CircuitBreaker()
+        app.breaker.start_watch()
     return app.app
 
 
-def wait_for_the_parent(workers_end, inherited, ending):
-    """Wait until the parent ends, then end this worker as granian does at a SIGTERM."""
-    workers_end.poll(None)
-    while signal.getsignal(signal.SIGTERM) is inherited:  # granian has not set its own yet
-        time.sleep(0.01)
+def close_connection_if(ending, response):
+    """Return the response. If the worker is ending, it closes its connection.
+
+    Otherwise a client that always has another request would keep the worker from ending.
+    """
+    if ending.is_set():
+        response.headers["Connection"] = "close"
+    return response
+
+
+def wait_for_parent(workers_end, ending):
+    """Wait until the parent ends, then have granian end this worker."""
+    workers_end.poll(None)  # returns when the pipe is closed
     ending.set()
-    end = signal.getsignal(signal.SIGTERM)
-    end(signal.SIGTERM, None)
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.01)  # granian is still starting, and sets its handler for SIGTERM soon
+    end_worker = signal.getsignal(signal.SIGTERM)
+    end_worker(signal.SIGTERM, None)
 
 
 def main():
     """Check the settings and serve. Exits with one line for a setting that cannot be used."""
+    # For the look-up of names by the C library, which otherwise takes up to ten seconds.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     try:
         host = setting("HOST", "127.0.0.1")
         port = whole_number("PORT", 8080, 1, 65535)
         workers = whole_number("WEB_CONCURRENCY", 2, 1, MAX_WORKERS)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
-        redis_place = check_redis()
+        where_redis_is = check_redis()
         address = check_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
 
     allow_open_files(MAX_CONNECTIONS + 1_000)
-    # The C library would look for a name for ten seconds; see app.WAIT_SECONDS.
-    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     server = Server(
         address=address,
         port=port,
         interface="wsgi",
         http="1",
         http1_settings=HTTP1Settings(
-            header_read_timeout=IDLE_SECONDS * 1000,
-            max_buffer_size=65_536,
+            header_read_timeout=IDLE_SECONDS * 1000,  # ms, also for the wait for the next request
+            max_buffer_size=65_536,  # bytes, for the headers of a request
         ),
         backpressure=MAX_CONNECTIONS,
         workers=workers,
         blocking_threads=THREADS,
         respawn_failed_workers=True,
         workers_kill_timeout=KILL_SECONDS,
-        log_level="error",
+        log_level="error",  # of granian's own messages
         log_dictconfig=LOGGING,
         log_access=access_log == 1,
         log_access_format="%(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
@@ -375,9 +419,12 @@ def main():
         shown_host,
         port,
         workers,
-        redis_place,
+        where_redis_is,
     )
-    gc.freeze()  # a collection in one worker would unshare the memory of all: 78 MiB, not 59
+    # A forked worker shares the memory of its parent until one of them writes to it. The garbage
+    # collector writes to every object, but for those that are frozen. With this line two workers
+    # take 59 MiB together, without it 78 MiB.
+    gc.freeze()
     server.run()
 
 

@@ -1,8 +1,8 @@
-"""What finds out that Redis went, and that it is back: one thread of each worker process.
+"""The circuit breaker: it keeps requests from waiting for a Redis that does not count.
 
-Requests ask Redis only while hits can be counted, as far as is known. The first request that
-fails waits for Redis, and tells all others by Watch.outage, which are then answered at once.
-From then on the thread here asks, and no request does, until it has seen that hits are counted.
+While all is well, requests ask Redis. When one of them fails, an outage begins: requests are then
+answered at once, without asking. A thread, the watch, asks instead. When it sees that hits can be
+counted, the outage ends. Every worker process has one breaker and one watch, started by serve.py.
 """
 
 import threading
@@ -10,112 +10,121 @@ import time
 
 import app
 
-# Between two questions. With a wait for Redis on top it stays under the two seconds that are
-# promised between the return of Redis and the next counted hit.
+# The watch asks this often. It needs this time and app.WAIT_SECONDS, together 1 s, to notice that
+# hits can be counted again. Two seconds are promised, which leaves one for a new connection.
 PAUSE_SECONDS = 0.5
 
-# Between two lines in the log: a Redis that fails and answers in turns must not fill it.
+# The log gets at most one line in this time, also from a Redis that fails every other second.
 QUIET_SECONDS = 3
 
 
-class Watch:
-    """The circuit breaker of one worker.
+class CircuitBreaker:
+    """Whether requests may ask Redis, and if not, why.
 
-    `outage` is its state, the only one that requests read: the reason why hits are not counted,
-    or None while they are. A request that fails begins an outage (report_failure). The thread
-    here begins one too, where its own question fails, and it alone ends one (look).
+    `outage` is the app.Failure that began the outage, or None while hits are counted. Requests
+    read it. A failed request begins an outage, and so does the watch; only the watch ends one.
 
-    No lock is taken. At worst a request fails late, just after an outage has ended, and begins
-    it again: the thread then asks at once and ends it, after the milliseconds that this takes.
+    A request that asked during an outage may fail after its end. It then begins a new outage,
+    which the watch ends again some milliseconds later.
     """
 
     def __init__(self):
         self.outage = None
+        self._lock = threading.Lock()  # held for an assignment, never while something waits
+        self._request_has_failed = threading.Event()
         self._log = OutageLog()
-        self._request_failed = threading.Event()
 
-    def start(self):
-        """Begin to look, in a thread that ends with the process."""
-        threading.Thread(target=self._keep_looking, name="watch", daemon=True).start()
+    def request_failed(self, failure):
+        """Begin an outage, and have the watch look at once whether it is one. Requests call it."""
+        self._begin_outage(failure)
+        self._request_has_failed.set()
 
-    def report_failure(self, reason):
-        """Tell every other request why hits are not counted, and have the thread look at once."""
-        self.outage = reason
-        self._request_failed.set()
+    def _begin_outage(self, failure):
+        with self._lock:
+            self.outage = failure
 
-    def _keep_looking(self):
+    def _end_outage(self, outage):
+        """End this outage, but not another one that a request has begun meanwhile."""
+        with self._lock:
+            if self.outage is outage:
+                self.outage = None
+
+    # The watch
+
+    def start_watch(self):
+        """Start the thread that watches Redis. It runs until the process ends."""
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def _watch(self):
         while True:
-            self.look()
-            self._request_failed.wait(PAUSE_SECONDS)
-            self._request_failed.clear()
+            self._request_has_failed.clear()
+            try:
+                self.look()
+            except BaseException:  # whatever it was: without the watch an outage never ends
+                app.app.logger.exception("The watch of Redis failed, and goes on")
+            self._request_has_failed.wait(PAUSE_SECONDS)
 
     def look(self):
-        """Ask Redis one question, begin or end an outage, and tell the log. Never raises."""
-        try:
-            outage = self.outage
-            self._log.tell(outage)  # already here: the question may not meet what a hit has met
-            failure = ask_for_a_failure(outage)
-            if failure:
-                self.outage = failure
-            elif outage and self.outage is outage:  # otherwise a hit has failed since: ask again
-                self.outage = None
-            self._log.tell(self.outage)
-        except BaseException as error:  # whatever it was, an outage must not outlive it
-            self.outage = f"{type(error).__name__}: {error}"
+        """Tell the log how things are, then ask Redis, and begin or end an outage."""
+        outage = self.outage
+        self._log.tell(outage)
+        if outage is None:
+            self._look_in_good_times()
+        else:
+            self._look_in_an_outage(outage)
 
+    def _look_in_good_times(self):
+        """Begin an outage if Redis does not answer a PING, which costs it nothing."""
+        _, failure = app.ask_redis_now(app.ping)
+        if failure:
+            self._begin_outage(failure)
 
-def ask_for_a_failure(outage):
-    """Ask Redis whether hits can be counted; return the reason why not, or None.
-
-    In an outage the question is a hit that counts nothing, since a Redis may answer a PING and
-    yet refuse hits or hold them back. It is not asked in good times, for each writes to a disk.
-    """
-    if outage is None:
-        question = app.ping
-    else:
-        question = count_nothing
+    def _look_in_an_outage(self, outage):
+        """End the outage if Redis can count. A PING does not tell: it needs no write."""
         close_idle_connections()
-    _, failure = app.ask_redis_now(question)
-    return failure
+        _, failure = app.ask_redis_now(count_nothing)
+        if failure:
+            self._begin_outage(failure)
+        else:
+            self._end_outage(outage)
 
 
 def count_nothing(client):
-    """A question like app.count_hit: it fails wherever a hit fails, and counts nothing."""
-    return app.must_be_a_number(client.incrby(app.HITS_KEY, 0))
+    """A question like app.count_hit, with the same command, that adds 0 instead of 1.
+
+    It fails when hits fail: on a replica, without memory, without permission, or while writes
+    are held back. It is only asked in an outage, because Redis writes it to the disk.
+    """
+    return app.check_count(client.incrby(app.HITS_KEY, 0))
 
 
 def close_idle_connections():
-    """Have the next question make a new connection: the name may lead to another Redis now."""
+    """Close the client's connections that are not in use.
+
+    The next question then looks up the name of Redis again, which may lead to another one now.
+    """
     client = app.get_redis_client()
     client.connection_pool.disconnect(inuse_connections=False)
 
 
 class OutageLog:
-    """Tells the log what has changed. Only the watch's thread uses it."""
+    """Writes to the log when an outage has begun, when its kind has changed, and when it is over.
+
+    A change within QUIET_SECONDS of the last line is written later, if it still holds then.
+    """
 
     def __init__(self):
-        self._told_kind = None  # of the failure that the last line told; None after "is back"
-        self._untold = None  # the latest failure of another kind, until a line has told it
-        self._silent_until = 0.0  # in seconds of time.monotonic()
+        self._told_kind = None  # the kind of the outage in the last line; None: it is over
+        self._quiet_until = 0.0  # in seconds of time.monotonic()
 
     def tell(self, outage):
-        """Write at most one line; what may not be written yet is written by a later call."""
-        if outage and kind_of(outage) != self._told_kind:
-            self._untold = outage
-        if time.monotonic() < self._silent_until:
+        """Write a line if `outage` differs from what the last line told."""
+        kind = outage.kind if outage else None
+        if kind == self._told_kind or time.monotonic() < self._quiet_until:
             return
-        if self._untold:
-            app.app.logger.warning("Redis failed, hits are not counted: %s", self._untold)
-            self._told_kind = kind_of(self._untold)
-            self._untold = None
-        elif self._told_kind and outage is None:
-            app.app.logger.warning("Redis is back, hits are counted again")
-            self._told_kind = None
+        if outage:
+            app.app.logger.warning("Redis failed, hits are not counted: %s", outage.reason)
         else:
-            return
-        self._silent_until = time.monotonic() + QUIET_SECONDS
-
-
-def kind_of(reason):
-    """Return the name of the error's class, with which every reason begins."""
-    return reason.partition(":")[0]
+            app.app.logger.warning("Redis is back, hits are counted again")
+        self._told_kind = kind
+        self._quiet_until = time.monotonic() + QUIET_SECONDS

@@ -78,6 +78,7 @@ def followed(request, tmp_path_factory):
 def app(monkeypatch):
     """The app's module as after its import, with the counter off."""
     monkeypatch.setattr(lab25, "_redis_client", None)
+    monkeypatch.setattr(lab25, "_passwords", set())
     return lab25
 
 

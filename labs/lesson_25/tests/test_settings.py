@@ -17,6 +17,7 @@ def refusal(app, monkeypatch):
 
     def run(**settings):
         with monkeypatch.context() as only:
+            only.setattr(app, "_redis_client", None)
             only.setattr(serve, "Server", start)
             for name, value in settings.items():
                 only.setenv(name, value)
@@ -35,6 +36,7 @@ def place(app, monkeypatch):
 
     def run(**settings):
         with monkeypatch.context() as only:
+            only.setattr(app, "_redis_client", None)
             for name, value in settings.items():
                 only.setenv(name, value)
             return serve.check_redis()
@@ -121,29 +123,30 @@ def test_a_host_that_cannot_be_stops_the_start_and_is_not_shown(refusal, host):
         ("redis://:6379", "it names no host"),
         ("redis://:s3cret@/0", "it names no host"),
         ("redis://:12/s3cret@redis:6379", "it names no host"),
-        ("redis://default:s3cret", "its port or the value of an option cannot be read"),
-        ("redis://:s3/cret@redis:6379", "its port or the value of an option cannot be read"),
-        ("redis://:s3cret@redis:6379:1", "its port or the value of an option cannot be read"),
-        ("redis://redis:99999", "its port or the value of an option cannot be read"),
-        ("redis://[::1", "its port or the value of an option cannot be read"),
-        ("redis://redis?db=s3cret", "its port or the value of an option cannot be read"),
+        ("redis://default:s3cret", "its port cannot be read"),
+        ("redis://:s3/cret@redis:6379", "its port cannot be read"),
+        ("redis://:s3cret@redis:6379:1", "its port cannot be read"),
+        ("redis://redis:99999", "its port cannot be read"),
+        ("redis://[::1", "its port cannot be read"),
+        ("redis://redis?db=s3cret", "redis-py does not take the value of an option"),
         ("redis://redis:0", "its port is not from 1 to 65535"),
         ("redis://:s3cret#1@host", "it has a #, which must be written %23"),
         ("redis://:12#s3cret@host", "it has a #, which must be written %23"),
-        ("redis://s3cret..host", "its host is none"),
-        ("redis://two s3crets", "its host is none"),
-        ("redis://h/s3cret", "what stands after the host is no number of a database"),
-        ("redis://h/1/2", "what stands after the host is no number of a database"),
+        ("redis://s3cret..host", "its host cannot be right"),
+        ("redis://two s3crets", "its host cannot be right"),
+        ("redis://h/s3cret", "what follows its host is not the number of a database"),
+        ("redis://h/1/2", "what follows its host is not the number of a database"),
         ("redis://h/99999999999", "its database is not from 0 to 2147483647"),
         ("redis://h?db=99999999999", "its database is not from 0 to 2147483647"),
         ("redis://h?db=-1", "its database is not from 0 to 2147483647"),
         ("unix://", "it names no socket"),
+        ("unix://s3cret/redis.sock", "the path of its socket does not begin with a third /"),
         ("redis://:s3cret@h?socket_timeout=9", "it has an option that is none of"),
         ("redis://h?s3cret=1", "it has an option that is none of"),
         ("rediss://h?ssl_nonsense=1", "it has an option that is none of"),
         ("redis://h?db=", "it has an option without a value"),
         ("redis://h?ssl_cert_reqs=none", "it has an option for TLS, which needs rediss://"),
-        ("rediss://h?ssl_cert_reqs=s3cret", "an option has a value that redis-py does not take"),
+        ("rediss://h?ssl_cert_reqs=s3cret", "redis-py does not take the value of an option"),
         ("rediss://h?ssl_ca_certs=/s3cret", "a file that it names cannot be read"),
         ("rediss://h?ssl_keyfile=/s3cret", "a file that it names cannot be read"),
     ],
@@ -153,6 +156,11 @@ def test_an_address_that_cannot_be_stops_the_start_and_is_not_shown(refusal, url
     assert line.startswith(f"REDIS_URL cannot be used: {problem}"), line
     assert "It must look like redis://USER:PASSWORD@HOST:6379/0" in line
     assert "s3" not in line
+
+
+def test_a_password_file_that_cannot_be_read_is_what_is_named(refusal):
+    line = refusal(REDIS_URL="redis://redis", REDIS_PASSWORD_FILE="/nowhere")
+    assert line.startswith("REDIS_PASSWORD_FILE is '/nowhere'")
 
 
 @pytest.mark.parametrize(

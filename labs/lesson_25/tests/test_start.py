@@ -372,7 +372,7 @@ def test_an_answer_given_while_it_ends_closes_its_connection_and_keeps_a_copiers
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(signal.signal, signal.SIGTERM, inherited)
         workers_end, parents_end = serve.multiprocessing.Pipe(duplex=False)
-        serve.app_in_worker(app.start_time, workers_end, duplicate(parents_end))
+        serve.load_app(app.start_time, workers_end, duplicate(parents_end))
         assert "Connection" not in client.get("/health").headers
         signal.signal(signal.SIGTERM, lambda *_: ended.set())  # as granian does
         parents_end.close()

@@ -5,6 +5,7 @@ These tests call the watch's thread step by step, so that nothing depends on a t
 
 import concurrent.futures
 import contextlib
+import sys
 import threading
 
 import fakeredis
@@ -12,6 +13,8 @@ import pytest
 import redis
 
 import watch as watch_module
+from app import Failure
+from harness.clients import eventually
 from harness.peers import peer
 
 
@@ -42,9 +45,9 @@ def server(app, monkeypatch):
 
 @pytest.fixture
 def watch(app, monkeypatch):
-    """The watch of the app, without its thread: the test calls look() in its place."""
-    made = watch_module.Watch()
-    monkeypatch.setattr(app, "watch", made)
+    """The breaker of the app, without its thread: the test calls look() in its place."""
+    made = watch_module.CircuitBreaker()
+    monkeypatch.setattr(app, "breaker", made)
     return made
 
 
@@ -54,6 +57,11 @@ def clock(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(watch_module.time, "monotonic", lambda: now[0])
     return now
+
+
+def failure(kind, text):
+    """Return the failure of a request, as app.py reports it."""
+    return Failure(kind, f"{kind}: {text}")
 
 
 def hit(client):
@@ -119,7 +127,7 @@ def test_the_watch_finds_an_outage_by_itself(client, server, watch):
 
 def test_what_ends_an_outage_counts_nothing(client, server, watch):
     assert hit(client) == (1, None)
-    watch.report_failure("ConnectionError: gone")
+    watch.request_failed(failure("ConnectionError", "gone"))
     watch.look()
     assert "INCRBY 0" in server.asked
     assert hit(client) == (2, None)
@@ -127,10 +135,10 @@ def test_what_ends_an_outage_counts_nothing(client, server, watch):
 
 def test_a_failure_that_comes_while_the_watch_asks_is_not_taken_back(client, server, watch):
     """Its question was asked before: it says nothing of what failed since."""
-    watch.report_failure("ConnectionError: first")
+    watch.request_failed(failure("ConnectionError", "first"))
 
     def answer_late(*_):
-        watch.report_failure("ConnectionError: second")
+        watch.request_failed(failure("ConnectionError", "second"))
         return 7
 
     server.incrby = answer_late
@@ -143,30 +151,68 @@ def test_a_failure_that_comes_while_the_watch_asks_is_not_taken_back(client, ser
 
 @pytest.mark.parametrize("answer", [b"OK", None, True])
 def test_an_answer_that_is_no_number_ends_no_outage(client, server, watch, monkeypatch, answer):
-    watch.report_failure("ConnectionError: gone")
+    watch.request_failed(failure("ConnectionError", "gone"))
     monkeypatch.setattr(server, "incrby", lambda *_: answer)
     watch.look()
     assert repr(answer) in hit(client)[1]
 
 
-@pytest.mark.parametrize("failure", [SystemExit("no"), KeyboardInterrupt(), MemoryError()])
-def test_whatever_the_watch_meets_hits_are_counted_again(client, server, watch, failure):
-    server.failures["PING"] = failure
-    watch.look()
-    assert hit(client)[0] is None
-    server.failures.clear()
-    watch.look()
-    assert hit(client) == (1, None)
+@pytest.mark.parametrize("trouble", [SystemExit("no"), KeyboardInterrupt(), MemoryError()])
+def test_whatever_the_watch_meets_it_goes_on_and_ends_the_outage(
+    client, server, watch, monkeypatch, caplog, trouble
+):
+    monkeypatch.setattr(watch_module, "PAUSE_SECONDS", 0.01)
+    troubles = [trouble] * 3
+    ended = threading.Event()
+    ask = watch_module.app.ask_redis_now
+
+    def ask_in_trouble(question):
+        if troubles:
+            raise troubles.pop()
+        if ended.is_set():
+            raise EndOfThread
+        return ask(question)
+
+    class EndOfThread(BaseException):
+        """Ends the watch's thread, which nothing in the product does."""
+
+    def log_or_end(*_):
+        if ended.is_set():
+            raise EndOfThread
+
+    monkeypatch.setattr(watch_module.app, "ask_redis_now", ask_in_trouble)
+    watch.request_failed(failure("ConnectionError", "gone"))
+    monkeypatch.setattr(watch_module.app.app.logger, "exception", log_or_end)
+
+    def run_to_its_end():
+        with pytest.raises(EndOfThread):
+            watch._watch()
+
+    thread = threading.Thread(target=run_to_its_end)
+    thread.start()
+    try:
+        eventually(lambda: watch.outage is None)
+    finally:
+        ended.set()
+        thread.join()
+    assert not troubles
 
 
 def test_the_thread_looks_at_once_when_a_request_has_failed(client, server, watch, monkeypatch):
     monkeypatch.setattr(watch_module, "PAUSE_SECONDS", 60)
     looked = threading.Semaphore(0)
-    monkeypatch.setattr(watch, "look", looked.release)
-    watch.start()
+    ended = threading.Event()
+
+    def look():
+        looked.release()
+        if ended.is_set():
+            sys.exit()  # ends the thread
+
+    monkeypatch.setattr(watch, "look", look)
+    watch.start_watch()
     assert looked.acquire(timeout=10), "the thread does not look when it starts"
     assert not looked.acquire(timeout=0.2), "the thread does not pause between two questions"
-    watch.report_failure("ConnectionError: gone")
+    watch.request_failed(failure("ConnectionError", "gone"))
     assert looked.acquire(timeout=10), "a failed request does not wake the thread"
 
 
@@ -222,8 +268,8 @@ def lines(caplog):
 def test_says_once_that_redis_went_and_once_that_hits_are_counted_again(
     client, server, watch, clock, lines
 ):
-    failure = redis.ConnectionError("gone")
-    server.failures.update({"PING": failure, "INCRBY": failure})
+    gone = redis.ConnectionError("gone")
+    server.failures.update({"PING": gone, "INCRBY": gone})
     for _ in range(20):
         hit(client)
         watch.look()
@@ -238,7 +284,8 @@ def test_says_once_that_redis_went_and_once_that_hits_are_counted_again(
 
 
 def test_says_both_also_where_the_outage_was_short(client, server, watch, clock, lines):
-    watch.report_failure("ConnectionError: gone")
+    """A hit may fail where the watch's next question does not: that must be told, too."""
+    watch.request_failed(failure("ConnectionError", "gone"))
     watch.look()
     assert watch.outage is None
     assert lines() == ["Redis failed, hits are not counted: ConnectionError: gone"]
@@ -249,12 +296,13 @@ def test_says_both_also_where_the_outage_was_short(client, server, watch, clock,
 
 def test_says_a_new_reason_when_the_kind_of_reason_changes(client, server, watch, clock, lines):
     for text in ("Connection refused", "Connection reset"):
-        watch.report_failure(f"ConnectionError: {text}")
+        watch.request_failed(failure("ConnectionError", text))
         server.failures["INCRBY"] = redis.ConnectionError(text)
         watch.look()
         clock[0] += 10
     assert len(lines()) == 1
     server.failures["INCRBY"] = redis.exceptions.ReadOnlyError("a read only replica")
+    watch.look()
     watch.look()
     assert lines() == ["Redis failed, hits are not counted: ReadOnlyError: a read only replica"]
 
@@ -263,19 +311,19 @@ def test_a_redis_that_fails_in_turns_makes_a_line_every_few_seconds(
     client, server, watch, clock, lines
 ):
     for _ in range(300):  # in thirty seconds
-        watch.report_failure("ReadOnlyError: a read only replica")
+        watch.request_failed(failure("ReadOnlyError", "a read only replica"))
         watch.look()
         watch.look()
         clock[0] += 0.1
     assert 2 <= len(lines()) <= 11
 
 
-def test_a_failure_that_came_while_the_log_was_silent_is_told_later(
-    client, server, watch, clock, lines
-):
-    watch.report_failure("ConnectionError: gone")
+def test_a_change_while_the_log_is_silent_is_told_later(client, server, watch, clock, lines):
+    server.failures["INCRBY"] = redis.ConnectionError("gone")
+    hit(client)
     watch.look()
-    watch.report_failure("OutOfMemoryError: no room")
+    server.failures["INCRBY"] = redis.exceptions.OutOfMemoryError("no room")
+    watch.look()
     watch.look()
     assert len(lines()) == 1
     clock[0] += 10
@@ -292,7 +340,7 @@ def test_no_request_waits_for_a_log_that_is_blocked(app, client, server, watch, 
         unblocked.wait(10)
 
     monkeypatch.setattr(app.app.logger, "warning", block)
-    watch.report_failure("ConnectionError: gone")
+    watch.request_failed(failure("ConnectionError", "gone"))
     looking = threading.Thread(target=watch.look)
     looking.start()
     try:
