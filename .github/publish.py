@@ -76,7 +76,7 @@ def look_up(name):
 
 def version(ref_type, ref_name, commit):
     """Return the version that the image shows: a release's numbers or the commit."""
-    if ref_type == "branch":
+    if ref_type != "tag":
         return commit
     if not RELEASE.fullmatch(ref_name):
         stop(
@@ -180,10 +180,10 @@ def name():
     """Give the image that has run the names that it may have."""
     image, digest = os.environ["IMAGE"], os.environ["DIGEST"]
     ref_type, ref_name = os.environ["GITHUB_REF_TYPE"], os.environ["GITHUB_REF_NAME"]
-    if ref_type == "branch":
-        names = branch_names(ref_name, os.environ["GITHUB_SHA"], os.environ["DEFAULT_BRANCH"])
-    else:
+    if ref_type == "tag":
         names = release_names(ref_name, image, digest)
+    else:
+        names = branch_names(ref_name, os.environ["GITHUB_SHA"], os.environ["DEFAULT_BRANCH"])
     if names:
         tags = [f"--tag={image}:{given}" for given in names]
         command = ["docker", "buildx", "imagetools", "create", *tags, f"{image}@{digest}"]

@@ -558,7 +558,7 @@ class Outside:
             "GITHUB_OUTPUT": str(self.folder / "outputs"),
             "GITHUB_REPOSITORY": "Some-Capitals/orders",
             "GITHUB_REPOSITORY_OWNER": "Some-Capitals",
-            "GITHUB_REF_TYPE": {"heads": "branch", "tags": "tag"}[kind],
+            "GITHUB_REF_TYPE": {"heads": "branch", "pull": "branch", "tags": "tag"}[kind],
             "GITHUB_REF_NAME": name,
             "GITHUB_SHA": COMMIT,
             "PLATFORMS": "linux/amd64,linux/arm64",
@@ -637,8 +637,8 @@ def test_an_older_run_started_again_names_its_commit_alone_and_says_why(outside)
 def test_another_branch_names_its_own_image_where_an_image_can_be_called_so(outside, branch, own):
     """The run goes on all the same, and the commit has its name."""
     outside.github_says({"status": "ahead"}, f"/compare/main...{COMMIT}")
+    outside.github_has(f"heads/{branch.replace('/', '-')}", {})
     outside.github_has(f"heads/{branch}", {f"refs/heads/{branch}": COMMIT})
-    outside.github_has("heads/topic-1", {})
     result = outside.run("name", f"heads/{branch}")
     assert result.returncode == 0, f"{branch} makes the run fail: {result.stdout}{result.stderr}"
     assert outside.moved == {"sha-0a1b2c3", *own}, f"{branch} moves {outside.moved}"
@@ -784,6 +784,10 @@ def test_a_tag_that_is_no_release_is_refused_at_the_start_in_words(outside, tag)
 
 def test_the_version_is_the_commit_or_the_release(outside):
     assert outputs_of_plan(outside, "heads/main")["version"] == COMMIT, "not the branch's commit"
+    merged = outputs_of_plan(outside, "pull/1/merge", GITHUB_REF_TYPE="")[
+        "version"
+    ]  # as act has it
+    assert merged == COMMIT, f"a pull request is built as version {merged}"
     version = outputs_of_plan(outside, "tags/v1.2.3")["version"]
     assert version == "1.2.3", f"a release shows the version {version}"
 
