@@ -1,4 +1,7 @@
-"""The registry file, on a machine that has only Docker and this one file; the registry is the tests' own."""
+"""The registry file, on a machine that has only Docker and this one file.
+
+The registry is the tests' own.
+"""
 
 import shutil
 
@@ -15,7 +18,7 @@ OWNER = "some-owner"
 
 @pytest.fixture
 def deploy(registry, tmp_path):
-    """A function that returns the registry file's Stack for a tag, in a folder that holds this one file."""
+    """A function that returns the registry file's Stack for a tag; its folder has no other file."""
     machine = tmp_path / "machine"
     machine.mkdir()
     shutil.copy(REGISTRY_FILE, machine)

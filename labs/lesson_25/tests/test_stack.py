@@ -223,8 +223,8 @@ def test_the_swarms_redis_wants_its_password(secret, tmp_path):
     (tmp_path / "redis_password").write_text(secret)
     with swarms_redis(tmp_path) as redis:
         redis.wait_for(lambda: "NOAUTH" in redis.run("redis-cli", "ping", check=False).stdout)
-        asked = ["sh", "-c", "tr -d '\\n' </run/secrets/redis_password | redis-cli --askpass ping"]
-        said = redis.run(*asked).stdout
+        file = "/run/secrets/redis_password"
+        said = redis.run("sh", "-c", f"tr -d '\\n' <{file} | redis-cli --askpass ping").stdout
         assert "PONG" in said, f"the password of the secret is not taken: {said}"
         name = redis.run("cat", "/proc/1/comm").stdout.strip()
         assert name == "redis-server", f"process 1 is {name}, which hears SIGTERM in its place"

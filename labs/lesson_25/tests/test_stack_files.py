@@ -121,7 +121,7 @@ OF_THE_STACK = {
     "Redis may not take all processes": ("services.redis.deploy.resources.limits.pids", 64),
     "Redis has no password in its environment": ("services.redis.environment", None),
     "Redis has the secret": ("services.redis.secrets", ["redis_password"]),
-    "the secret is made by hand and in no file": ("secrets.redis_password", {"external": True}),
+    "the secret is in no file": ("secrets.redis_password", {"external": True}),
     "Redis is healthy when it answers to the password": (
         "services.redis.healthcheck.test",
         r"tr -d '\r\n' </run/secrets/redis_password | redis-cli --askpass -e ping",
