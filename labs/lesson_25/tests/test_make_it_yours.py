@@ -83,7 +83,10 @@ def test_nothing_in_it_is_named_after_the_lesson(yours):
 
 
 def test_its_tests_are_found_and_those_of_its_stacks_and_texts_pass(yours):
-    run(f"{PYTEST} -qq --collect-only", yours.folder, "a test of the new repository cannot be read")
+    what = "a test of the new repository cannot be read"
+    found = run(f"{PYTEST} --collect-only", yours.folder, what)
+    for text in ("README.md", "app/README.md", "compose/README.md", "tests/README.md"):
+        assert f"[{text}]" in found, f"the new repository's tests do not read its {text}"
     files = "tests/test_stack_files.py tests/test_texts.py"
     what = "a test of the new repository fails"
     run(f'{PYTEST} -m "not engine" {files}', yours.folder, what)
@@ -114,6 +117,9 @@ def test_its_stack_counts_by_itself_beside_the_lessons(yours, stack):
         assert set(running.split()) == {f"{yours.name}-api", f"{yours.name}-redis"}, (
             f"the new stack's containers have other names: {running}"
         )
+        volume = f"{yours.name}_redis_data"
+        volumes = docker("volume", "ls", "--quiet", "--filter", f"name={volume}").stdout.split()
+        assert volumes == [volume], f"the new stack's count is in no volume called {volume}"
         assert stack.hits() == before + 1, "the lesson's stack did not go on counting beside it"
     finally:
         run(end, yours.folder, "the new repository's stack cannot be ended")
