@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import math
 import os
 import platform
 import re
@@ -20,6 +21,16 @@ UNITS_AT_ONCE = 2  # beside the other tests; they wait more than they work
 MINUTES = {"": 5, "fails": 1}  # for one block, by its mark; what must fail does so soon
 SAID_BY_GHCR = "said by GHCR"  # which has other words than the tests' registry
 CURL_SECONDS = 30  # for an answer that does not come
+
+
+# Variables that no block hands to the next.
+BASHS_OWN = "^declare -[a-z]*r|^declare -[a-zA-Z-]+ (BASH|LINENO|SECONDS|RANDOM|EPOCH|PPID)"
+
+
+def longer_waits(commands):
+    """Return commands that sleep longer on a busy machine, as what they wait for takes longer."""
+    busy = max(1, math.ceil(os.getloadavg()[0] / os.cpu_count()))
+    return re.sub(r"\bsleep (\d+)\b(?!\.)", lambda wait: f"sleep {int(wait[1]) * busy}", commands)
 
 
 class Reader:
@@ -78,7 +89,7 @@ class Reader:
     def read(self, blocks):
         """Run each sh block and compare what it prints with the text blocks after it.
 
-        A block's shell knows the variables that those before it exported.
+        A block's shell knows the variables of those before it.
         """
         output, command = None, None
         for block in blocks:
@@ -98,10 +109,12 @@ class Reader:
         variables.touch()
         failed.write_text("0 ")
         first_line = (
-            f"exec </dev/null; source {variables}; trap 'export -p >{variables}' EXIT; "
+            f"exec </dev/null; source {variables}; "
+            f"trap 'declare -p | grep -vE \"{BASHS_OWN}\" >{variables}' EXIT; "
             f"""trap 'echo "$((LINENO - 1)) $BASH_COMMAND" >{failed}' ERR\n"""
         )
-        shell = ["bash", "-euo", "pipefail", "-c", first_line + self.own(block.body)]
+        commands = first_line + longer_waits(self.own(block.body))
+        shell = ["bash", "-euo", "pipefail", "-c", commands]
         with printed.open("w") as out:
             process = subprocess.Popen(
                 shell,
