@@ -19,11 +19,11 @@ try:
 except ImportError:  # the service runs without the package, but cannot count
     redis = None
 
-# The limit on each wait for Redis. A request usually waits once: for its answer. If it has to
-# make a new connection, it waits up to four times more: for the connection, and where they are
-# used for TLS, AUTH and SELECT. So a request waits up to 0.5 s as a rule, and 2.5 s at worst.
-# (A name with several addresses adds 0.5 s for each. The look-up of the name comes before all
-# this; serve.py limits it to 1 s for each name server.)
+# The limit on each wait for Redis. With an open connection, a request waits once: for its answer.
+# Without one, it waits up to five times: for the connection, TLS, AUTH, SELECT, and its answer.
+# So a request waits 0.5 s as a rule, and 2.5 s at worst. A new connection may cost more by
+# - the look-up of the name of Redis, which serve.py limits to 1 s for each name server;
+# - another 0.5 s for each further address that the name has, if Redis is at none of them.
 WAIT_SECONDS = 0.5
 
 HITS_KEY = "lab25_hits"
@@ -82,7 +82,7 @@ def redis_is_configured():
 # --- The Redis client
 
 _redis_client = None  # made when it is first needed
-_passwords = set()  # that a client was given, so that no error message shows one
+_passwords = set()  # all that a client was made with: an error message must not show them
 
 
 def get_redis_client():
@@ -94,7 +94,8 @@ def get_redis_client():
     global _redis_client
     if redis is None:
         return None
-    if _redis_client is None:  # two threads may both come here: then the second client is kept
+    if _redis_client is None:
+        # Two threads may both come here. Each then uses its own client once; the later one stays.
         _redis_client = make_redis_client()
     return _redis_client
 
@@ -121,8 +122,8 @@ def client_for_host(host):
 def client_for_url(url):
     """Return a client for the Redis at this address. Raises ValueError.
 
-    redis-py prefers what stands in the address to the same option from here. serve.py therefore
-    refuses an address that sets a time limit or a second password.
+    The address may set an option, such as a time limit, to another value than client_options
+    does. The value in the address would then count, so serve.py refuses such an address.
     """
     options = client_options()
     try:
@@ -141,8 +142,8 @@ def client_options():
         "password": password,
         "socket_connect_timeout": WAIT_SECONDS,
         "socket_timeout": WAIT_SECONDS,
-        # No retries: an INCR without an answer may have counted, and would count twice. redis-py
-        # closes its connection, so that a late answer is not taken for that of another hit.
+        # No retries: an INCR without an answer may have counted, and would count twice. After such
+        # an INCR redis-py closes the connection, so no later hit can read the late answer.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         # With these two a new connection sends no HELLO and no CLIENT SETINFO, which would be
         # two more waits.
@@ -152,11 +153,12 @@ def client_options():
 
 
 # --- Questions to Redis. Each takes a client, and raises whatever the client raises. An answer
-# --- of the wrong kind, as from a server that is not a Redis, raises TypeError.
+# --- of the wrong kind, as from a server that is not a Redis, raises TypeError. Any exception
+# --- begins an outage for all requests: one that concerns a single key must be caught in here.
 
 
 def count_hit(client):
-    """Count one hit and return its number."""
+    """Count one hit and return its number. redis-py sends INCRBY with the amount 1."""
     return check_count(client.incr(HITS_KEY))
 
 
@@ -178,7 +180,7 @@ def ping(client):
 # --- Asking a question
 
 # The circuit breaker, an object of watch.py. serve.py sets it in each worker process. Without
-# it, every request asks Redis.
+# it, every request asks Redis. Its attribute `outage` is a Failure, or None while all is well.
 breaker = None
 
 
@@ -226,11 +228,12 @@ def failure_of(error):
     """Return an exception as a Failure: in one short line, without a password."""
     kind = type(error).__name__
     text = str(error)
-    # "unknown command 'AUTH', with args beginning with: 'the-password'" is what a Redis says
-    # that does not know the command. It may repeat only the start of the password.
+    # A Redis that does not know AUTH answers: unknown command 'AUTH', with args beginning with:
+    # 'the-pass'. It cuts a long password off, so the replacement below would not find it.
     text = text.partition(", with args beginning with")[0]
-    for password in filter(None, _passwords):
-        text = text.replace(password, "***")
+    for password in list(_passwords):
+        if password:
+            text = text.replace(password, "***")
     # The kind comes first, because not every text says what happened: that of a MovedError is
     # "3035 172.19.0.4:6379".
     reason = f"{kind}: {text}"
@@ -238,11 +241,13 @@ def failure_of(error):
     return Failure(kind, one_line[:MAX_REASON_CHARACTERS])
 
 
-# --- Answers to requests. A new route that uses Redis has its question above. Every worker
-# --- process has its own variables: a metric kept here counts for one of them.
+# --- Answers to requests. For a new route that uses Redis, write its question above and the
+# --- route here. A metric is best kept here, in a function for Flask's after_request. Each worker
+# --- process has a metric of its own, and whoever reads them adds them up.
 
 app = Flask(__name__, static_folder=None)
-start_time = time.monotonic()  # serve.py sets it to the start of the service in each worker
+# When the service started. A worker is younger than the service: serve.py sets this in it.
+start_time = time.monotonic()
 
 
 @app.get("/")

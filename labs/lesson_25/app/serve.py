@@ -11,9 +11,9 @@ import signal
 END_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 if __name__ == "__main__":
-    # This comes before the other imports, because they take 0.3 s. A blocked signal is kept until
-    # wait_for_end_signal, below, takes it. Without this line, a signal during the imports would be
-    # lost in a container, whose first process gets no signal that it is not prepared for.
+    # From here on a signal is kept until wait_for_end_signal, below, takes it. This comes before
+    # the other imports, because they take 0.3 s. Otherwise a `docker stop` during the imports
+    # would be lost: Linux ignores it for the first process of a container that is not ready for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 
 import gc
@@ -64,8 +64,8 @@ LOGGING = {
 }
 
 
-# --- Checking where Redis is. All checks are made without a connection. No message shows a part
-# --- of REDIS_HOST or REDIS_URL, because any part of a wrong one may be a password.
+# --- Checking where Redis is. All checks are made without a connection. No error message shows a
+# --- part of REDIS_HOST or REDIS_URL, because any part of a wrong one may be a password.
 
 
 def check_redis():
@@ -84,7 +84,8 @@ def check_redis():
         check_redis_url(setting("REDIS_URL"))
     else:
         check_redis_host(setting("REDIS_HOST"))
-    connection = new_connection(app.get_redis_client())
+    client = app.get_redis_client()  # checks REDIS_PORT and REDIS_DB; forked workers use it too
+    connection = new_connection(client)
     if isinstance(connection, app.redis.UnixDomainSocketConnection):
         return connection.path
     return f"{connection.host}:{connection.port}/{connection.db}"
@@ -154,7 +155,7 @@ def problem_of_url(url):
         return "it has a #, which must be written %23"
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port
+        port = parts.port  # raises ValueError above 65535, and where it is not a number
     except ValueError:
         return (
             "its port cannot be read"
@@ -172,7 +173,7 @@ def problem_of_url(url):
 def problem_of_socket(host, path):
     """Return what is wrong with these parts of a unix:// address, or None."""
     if host:
-        return "the path of its socket does not begin with a third /"
+        return "it must have three slashes before the path of its socket: unix:///PATH"
     if not path:
         return "it names no socket"
     return None
@@ -206,19 +207,21 @@ URL_OPTIONS = TLS_OPTIONS | {"db", "username", "password"}
 def problem_of_options(url, parts):
     """Return what is wrong with the options of an address, or with their values, or None.
 
-    `parts` are the parts of the address as urllib tells them apart.
+    `parts` is what urlsplit has made of `url`.
     """
     options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
     if not options.keys() <= URL_OPTIONS:
         return f"it has an option that is none of {', '.join(sorted(URL_OPTIONS))}"
     if "" in options.values():
         return "it has an option without a value"
-    if options.keys() & TLS_OPTIONS and parts.scheme != "rediss":
+    has_tls_options = bool(options.keys() & TLS_OPTIONS)
+    if has_tls_options and parts.scheme != "rediss":
         return "it has an option for TLS, which needs rediss://"
     if app.redis_password() and (parts.password or "password" in options):
         return "it has a password, and another one is set: unset one of them"
     try:
-        connection = new_connection(app.client_for_url(url))
+        client = app.client_for_url(url)  # only for this check
+        connection = new_connection(client)
     except Exception:
         return "redis-py does not take the value of an option"
     if not 0 <= connection.db <= MAX_DB:
@@ -233,7 +236,8 @@ def problem_of_tls_files(connection):
     try:
         context = ssl.create_default_context(cafile=connection.ca_certs)
         if connection.certfile or connection.keyfile:
-            # The password is for an encrypted key. Without it OpenSSL would ask at the terminal.
+            # An encrypted key is refused: with a wrong password here, OpenSSL does not ask for
+            # the right one at the terminal.
             context.load_cert_chain(connection.certfile, connection.keyfile, password="")
     except (OSError, TypeError):  # TypeError: a key without a certificate
         return "a file that it names cannot be read, or holds no certificate or no key"
@@ -249,13 +253,14 @@ def check_address(host, port):
     granian would not say that the port is taken, but share it with the other program. Nor does it
     take a host name. So this listens for a moment, as granian will.
     """
-    family = {}
+    options = {}
     if ":" in host:
-        family = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+        options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     try:
-        with socket.create_server((host, port), **family) as listener:
+        with socket.create_server((host, port), **options) as listener:
             return listener.getsockname()[0]
-    except (OSError, TypeError, ValueError) as error:  # not OSError: a host that is no name
+    # A host that cannot be looked up raises OSError; one that cannot be a name, the others.
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"HOST is {host!r} and PORT is {port}: {error};"
             " set an address and a free port of this machine"
@@ -283,6 +288,7 @@ def allow_open_files(count):
 #    after the other (systemd). All processes block it. Only wait_for_end_signal, a thread of the
 #    parent, takes it. It wakes granian's main loop, which calls Server.shutdown.
 # 2. Server.shutdown tells granian that its workers are about to end, and closes the pipe.
+#    (granian then also sends them a SIGTERM, which they block.)
 # 3. wait_for_parent, a thread of each worker, sees that the pipe is closed. It makes every answer
 #    from now on close its connection, and has granian end the worker.
 # 4. granian finishes the requests that a worker has begun. The worker ends.
@@ -298,30 +304,31 @@ class Server(Granian):
     """granian, with another way to end.
 
     It uses these inner names of granian 2.8.7: `wrks`, `interrupt_by_parent`,
-    `signal_handler_interrupt` and `shutdown`.
+    `signal_handler_interrupt` and `shutdown`. See also end_as_granian_does.
     """
 
     def __init__(self, **settings):
         # granian wants the name of the app, though load_app, below, returns the app itself.
         super().__init__("app:app", **settings)
-        # Nothing is sent through this pipe. Workers only wait for it to be closed.
-        self.workers_end, self.parents_end = multiprocessing.Pipe(duplex=False)
+        # Nothing is sent through this pipe. Workers only wait until no process can write to it.
+        self.pipe_reader, self.pipe_writer = multiprocessing.Pipe(duplex=False)
 
     def run(self):
         """Serve until an end signal. Exits with status 1 if workers crash again and again."""
         end_signals = set(END_SIGNALS)
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup sets it
-            end_signals.remove(signal.SIGHUP)
+            end_signals.remove(signal.SIGHUP)  # it stays blocked, so that nothing happens
+        # A signal that has come already is taken at once. granian keeps it until it serves.
         start_thread(wait_for_end_signal, end_signals, self)
         # Every new worker calls load_app with these arguments.
-        load = partial(load_app, app.start_time, self.workers_end, self.parents_end)
+        load = partial(load_app, app.start_time, self.pipe_reader, self.pipe_writer)
         self.serve(target_loader=load, wrap_loader=False)
 
     def shutdown(self, exit_code=0):
         """Have the workers end, and wait for them. granian's main loop calls it."""
         for worker in self.wrks:
-            worker.interrupt_by_parent = True
-        self.parents_end.close()
+            worker.interrupt_by_parent = True  # or granian takes its end for a crash
+        self.pipe_writer.close()
         super().shutdown(exit_code)
 
 
@@ -333,22 +340,24 @@ def start_thread(function, *arguments):
 def wait_for_end_signal(end_signals, server):
     """Wait for one of these signals, then have the server end.
 
-    granian has handlers for signals, but they can hang. A handler interrupts the main thread,
-    and granian's sets the event for which the main thread waits. If the main thread is just
-    holding the lock of that event, the handler waits for the lock, and the main thread for the
-    handler.
+    granian's own handlers for signals can hang for ever. Python runs a handler in the main thread,
+    in the middle of what that does. granian's handler sets an event, which takes the event's
+    lock. If the main thread was holding this lock, it now waits for itself. Here the event is set
+    by another thread, which can wait until the main thread has given the lock back.
     """
     signal.sigwait(end_signals)
     server.signal_handler_interrupt()
 
 
-def load_app(start_time, workers_end, parents_end):
+def load_app(start_time, pipe_reader, pipe_writer):
     """Return the app to granian, in a new worker."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # a forked worker has it from its parent
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # wait_for_parent sees when granian changes it
-    parents_end.close()  # this worker's copy of it: a pipe is closed when all its copies are
+    # A forked worker inherits the blocked signals. One that is not forked has to block them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    # The worker has a copy of the pipe's writer. The parent must be the only one that has one.
+    pipe_writer.close()
+    forget_signal_handler()
     ending = threading.Event()
-    start_thread(wait_for_parent, workers_end, ending)
+    start_thread(wait_for_parent, pipe_reader, ending)
 
     app.start_time = start_time
     app.app.after_request(partial(close_connection_if, ending))
@@ -359,7 +368,7 @@ def load_app(start_time, workers_end, parents_end):
 
 
 def close_connection_if(ending, response):
-    """Return the response. If the worker is ending, it closes its connection.
+    """Return the response. If the worker is ending, the response closes the connection.
 
     Otherwise a client that always has another request would keep the worker from ending.
     """
@@ -368,19 +377,35 @@ def close_connection_if(ending, response):
     return response
 
 
-def wait_for_parent(workers_end, ending):
+def wait_for_parent(pipe_reader, ending):
     """Wait until the parent ends, then have granian end this worker."""
-    workers_end.poll(None)  # returns when the pipe is closed
+    pipe_reader.poll(None)  # returns when the pipe is closed
     ending.set()
+    end_as_granian_does()
+
+
+# granian ends a worker by a handler for SIGTERM, which it sets after it has called load_app.
+# Nothing else in granian 2.8.7 ends a worker in good order, so its handler is called here. Until
+# granian has set it, the handler is the default one, to which load_app has set it back.
+
+
+def forget_signal_handler():
+    """Set back the handler for SIGTERM that a forked worker has from its parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_as_granian_does():
+    """Wait until granian has set its handler for SIGTERM, and call it. Any thread may."""
     while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        time.sleep(0.01)  # granian is still starting, and sets its handler for SIGTERM soon
+        time.sleep(0.01)
     end_worker = signal.getsignal(signal.SIGTERM)
     end_worker(signal.SIGTERM, None)
 
 
 def main():
     """Check the settings and serve. Exits with one line for a setting that cannot be used."""
-    # For the look-up of names by the C library, which otherwise takes up to ten seconds.
+    # The C library reads this when it looks up a name. Without it, a name server that does not
+    # answer would take ten seconds.
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     try:
         host = setting("HOST", "127.0.0.1")
@@ -392,8 +417,8 @@ def main():
     except ValueError as error:
         sys.exit(str(error))
 
-    allow_open_files(MAX_CONNECTIONS + 1_000)
-    server = Server(
+    allow_open_files(MAX_CONNECTIONS + 1_000)  # those of Python, and connections to Redis
+    server = Server(  # which sets up the log, too
         address=address,
         port=port,
         interface="wsgi",
@@ -422,7 +447,7 @@ def main():
         where_redis_is,
     )
     # A forked worker shares the memory of its parent until one of them writes to it. The garbage
-    # collector writes to every object, but for those that are frozen. With this line two workers
+    # collector writes to every object, unless the object is frozen. With this line two workers
     # take 59 MiB together, without it 78 MiB.
     gc.freeze()
     server.run()

@@ -10,27 +10,28 @@ import time
 
 import app
 
-# The watch asks this often. It needs this time and app.WAIT_SECONDS, together 1 s, to notice that
-# hits can be counted again. Two seconds are promised, which leaves one for a new connection.
+# The watch asks this often. The README promises that counting goes on within two seconds after
+# Redis is back. A pause and the wait for one answer take 1 s of them at most.
 PAUSE_SECONDS = 0.5
 
-# The log gets at most one line in this time, also from a Redis that fails every other second.
+# A worker writes at most one line in this time, even if Redis fails and answers by turns.
 QUIET_SECONDS = 3
 
 
 class CircuitBreaker:
     """Whether requests may ask Redis, and if not, why.
 
-    `outage` is the app.Failure that began the outage, or None while hits are counted. Requests
+    `outage` is the latest app.Failure in an outage, or None while hits are counted. Requests
     read it. A failed request begins an outage, and so does the watch; only the watch ends one.
 
-    A request that asked during an outage may fail after its end. It then begins a new outage,
-    which the watch ends again some milliseconds later.
+    A request may still be waiting for Redis when an outage ends, and fail after that. It then
+    begins a new outage, which the watch ends again some milliseconds later.
     """
 
     def __init__(self):
         self.outage = None
-        self._lock = threading.Lock()  # held for an assignment, never while something waits
+        # Makes the comparison and the assignment in _end_outage one step. Nothing waits inside.
+        self._lock = threading.Lock()
         self._request_has_failed = threading.Event()
         self._log = OutageLog()
 
@@ -57,6 +58,7 @@ class CircuitBreaker:
 
     def _watch(self):
         while True:
+            # Before the look, so that a request that fails during the look causes another one.
             self._request_has_failed.clear()
             try:
                 self.look()
@@ -67,6 +69,7 @@ class CircuitBreaker:
     def look(self):
         """Tell the log how things are, then ask Redis, and begin or end an outage."""
         outage = self.outage
+        # Told first, because a request may have failed where the question below does not.
         self._log.tell(outage)
         if outage is None:
             self._look_in_good_times()
@@ -74,13 +77,13 @@ class CircuitBreaker:
             self._look_in_an_outage(outage)
 
     def _look_in_good_times(self):
-        """Begin an outage if Redis does not answer a PING, which costs it nothing."""
+        """Begin an outage if Redis does not answer a PING. A PING writes nothing to the disk."""
         _, failure = app.ask_redis_now(app.ping)
         if failure:
             self._begin_outage(failure)
 
     def _look_in_an_outage(self, outage):
-        """End the outage if Redis can count. A PING does not tell: it needs no write."""
+        """End the outage if Redis can count. A PING would not tell, because it writes nothing."""
         close_idle_connections()
         _, failure = app.ask_redis_now(count_nothing)
         if failure:
@@ -90,10 +93,10 @@ class CircuitBreaker:
 
 
 def count_nothing(client):
-    """A question like app.count_hit, with the same command, that adds 0 instead of 1.
+    """A question like app.count_hit that adds 0 instead of 1: redis-py sends INCRBY for both.
 
-    It fails when hits fail: on a replica, without memory, without permission, or while writes
-    are held back. It is only asked in an outage, because Redis writes it to the disk.
+    It fails when hits fail: on a replica, without memory, without permission, or while a CLIENT
+    PAUSE holds writes back. It is only asked in an outage, because Redis writes it to the disk.
     """
     return app.check_count(client.incrby(app.HITS_KEY, 0))
 
@@ -101,20 +104,22 @@ def count_nothing(client):
 def close_idle_connections():
     """Close the client's connections that are not in use.
 
-    The next question then looks up the name of Redis again, which may lead to another one now.
+    The next question then opens a connection, and looks up the name of Redis for that: it may
+    have another address now.
     """
-    client = app.get_redis_client()
+    client = app.get_redis_client()  # not None: serve.py starts no watch without a client
     client.connection_pool.disconnect(inuse_connections=False)
 
 
 class OutageLog:
     """Writes to the log when an outage has begun, when its kind has changed, and when it is over.
 
-    A change within QUIET_SECONDS of the last line is written later, if it still holds then.
+    The watch calls `tell` before every question. A change within QUIET_SECONDS of the last line
+    is thus written by a later call, if it still holds then.
     """
 
     def __init__(self):
-        self._told_kind = None  # the kind of the outage in the last line; None: it is over
+        self._told_kind = None  # of the outage in the last line; None where there is no outage
         self._quiet_until = 0.0  # in seconds of time.monotonic()
 
     def tell(self, outage):

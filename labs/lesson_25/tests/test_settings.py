@@ -140,7 +140,7 @@ def test_a_host_that_cannot_be_stops_the_start_and_is_not_shown(refusal, host):
         ("redis://h?db=99999999999", "its database is not from 0 to 2147483647"),
         ("redis://h?db=-1", "its database is not from 0 to 2147483647"),
         ("unix://", "it names no socket"),
-        ("unix://s3cret/redis.sock", "the path of its socket does not begin with a third /"),
+        ("unix://s3cret/redis.sock", "it must have three slashes before the path of its socket"),
         ("redis://:s3cret@h?socket_timeout=9", "it has an option that is none of"),
         ("redis://h?s3cret=1", "it has an option that is none of"),
         ("rediss://h?ssl_nonsense=1", "it has an option that is none of"),
