@@ -19,11 +19,11 @@ try:
 except ImportError:  # the service runs without the package, but cannot count
     redis = None
 
-# The limit on each wait for Redis. With an open connection, a request waits once: for its answer.
-# Without one, it waits up to five times: for the connection, TLS, AUTH, SELECT, and its answer.
-# So a request waits 0.5 s as a rule, and 2.5 s at worst. A new connection may cost more by
-# - the look-up of the name of Redis, which serve.py limits to 1 s for each name server;
-# - another 0.5 s for each further address that the name has, if Redis is at none of them.
+# The limit on each wait for Redis. How long one request may wait:
+#   0.5 s  on an open connection: for the answer;
+#   2.5 s  on a new connection: for the connection, TLS, AUTH, SELECT and the answer.
+# On a new connection the look-up of its name comes first, which serve.py limits to 1 s for each
+# name server. If Redis is not at the first address of the name, each further one takes 0.5 s.
 WAIT_SECONDS = 0.5
 
 HITS_KEY = "lab25_hits"
@@ -31,7 +31,8 @@ MAX_DB = 2**31 - 1  # Redis keeps the number of a database in a C int
 MAX_REASON_CHARACTERS = 200  # some error messages of Redis fill a page
 
 
-# --- Settings: environment variables. An empty one counts as unset.
+# --- Settings: environment variables. An empty one counts as unset. A new setting is read where it
+# --- is used, by one of these functions. If a bad value has to stop the start, serve.py checks it.
 
 
 def setting(name, default=None):
@@ -61,16 +62,16 @@ def redis_password():
     path = setting("REDIS_PASSWORD_FILE")
     if path is None:
         return setting("REDIS_PASSWORD")
-    must_be = f"REDIS_PASSWORD_FILE is {path!r}: it must be a file with the password"
+    message = f"REDIS_PASSWORD_FILE is {path!r}: it must be a file with the password"
     try:
         with open(path, encoding="utf-8") as file:
             password = file.read().rstrip("\r\n")
     except OSError as error:
-        raise ValueError(f"{must_be} ({error.strerror})") from None
+        raise ValueError(f"{message} ({error.strerror})") from None
     except UnicodeError:
-        raise ValueError(f"{must_be} (it is not UTF-8 text)") from None
+        raise ValueError(f"{message} (it is not UTF-8 text)") from None
     if not password:
-        raise ValueError(f"{must_be} (it is empty)")
+        raise ValueError(f"{message} (it is empty)")
     return password
 
 
@@ -82,7 +83,7 @@ def redis_is_configured():
 # --- The Redis client
 
 _redis_client = None  # made when it is first needed
-_passwords = set()  # all that a client was made with: an error message must not show them
+_passwords = set()  # of all clients made here. failure_of removes them from error messages.
 
 
 def get_redis_client():
@@ -95,7 +96,7 @@ def get_redis_client():
     if redis is None:
         return None
     if _redis_client is None:
-        # Two threads may both come here. Each then uses its own client once; the later one stays.
+        # Two threads may both come here, and make a client each. Then the later client is kept.
         _redis_client = make_redis_client()
     return _redis_client
 
@@ -122,22 +123,25 @@ def client_for_host(host):
 def client_for_url(url):
     """Return a client for the Redis at this address. Raises ValueError.
 
-    The address may set an option, such as a time limit, to another value than client_options
-    does. The value in the address would then count, so serve.py refuses such an address.
+    An address may set an option, such as a time limit, to another value than client_options
+    does. redis-py prefers the value in the address, so serve.py refuses such an address.
     """
     options = client_options()
     try:
         client = redis.Redis.from_url(url, **options)
     except Exception:  # the error's own text is not shown: it may hold a part of the password
         raise ValueError("REDIS_URL cannot be used: redis-py cannot read it") from None
-    _passwords.add(client.get_connection_kwargs().get("password"))
+    password_in_url = client.get_connection_kwargs()["password"]
+    if password_in_url:
+        _passwords.add(password_in_url)
     return client
 
 
 def client_options():
     """Return the options that every client is made with. Raises ValueError."""
     password = redis_password()
-    _passwords.add(password)
+    if password:
+        _passwords.add(password)
     return {
         "password": password,
         "socket_connect_timeout": WAIT_SECONDS,
@@ -152,13 +156,14 @@ def client_options():
     }
 
 
-# --- Questions to Redis. Each takes a client, and raises whatever the client raises. An answer
-# --- of the wrong kind, as from a server that is not a Redis, raises TypeError. Any exception
-# --- begins an outage for all requests: one that concerns a single key must be caught in here.
+# --- Questions to Redis. Each is a function of a client. It raises whatever the client raises, and
+# --- TypeError for an answer of the wrong kind, as from a server that is not a Redis. Where the
+# --- service has a circuit breaker (see below), an exception stops all requests from asking Redis.
+# --- A new question must therefore catch an error that concerns its own key alone.
 
 
 def count_hit(client):
-    """Count one hit and return its number. redis-py sends INCRBY with the amount 1."""
+    """Count one hit and return its number."""
     return check_count(client.incr(HITS_KEY))
 
 
@@ -171,7 +176,10 @@ def check_count(answer):
 
 def ping(client):
     """Return True if Redis answers."""
-    answer = client.ping()
+    try:
+        answer = client.ping()
+    except redis.exceptions.NoPermissionError:
+        return True  # Redis has answered: this user may not ask for a PING
     if not answer:
         raise TypeError(f"PING was answered with {answer!r}: is that a Redis?")
     return True
@@ -228,12 +236,12 @@ def failure_of(error):
     """Return an exception as a Failure: in one short line, without a password."""
     kind = type(error).__name__
     text = str(error)
-    # A Redis that does not know AUTH answers: unknown command 'AUTH', with args beginning with:
-    # 'the-pass'. It cuts a long password off, so the replacement below would not find it.
+    # A Redis that does not know the command AUTH repeats its arguments: "unknown command 'AUTH',
+    # with args beginning with: 'the-pass'". Of a long password it repeats only the beginning,
+    # which the loop below would not find.
     text = text.partition(", with args beginning with")[0]
-    for password in list(_passwords):
-        if password:
-            text = text.replace(password, "***")
+    for password in list(_passwords):  # a copy, because another thread may add one
+        text = text.replace(password, "***")
     # The kind comes first, because not every text says what happened: that of a MovedError is
     # "3035 172.19.0.4:6379".
     reason = f"{kind}: {text}"
@@ -246,7 +254,7 @@ def failure_of(error):
 # --- process has a metric of its own, and whoever reads them adds them up.
 
 app = Flask(__name__, static_folder=None)
-# When the service started. A worker is younger than the service: serve.py sets this in it.
+# When the service started. In a worker that was started later, serve.py corrects this.
 start_time = time.monotonic()
 
 

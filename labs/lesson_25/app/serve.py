@@ -12,8 +12,9 @@ END_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 if __name__ == "__main__":
     # From here on a signal is kept until wait_for_end_signal, below, takes it. This comes before
-    # the other imports, because they take 0.3 s. Otherwise a `docker stop` during the imports
-    # would be lost: Linux ignores it for the first process of a container that is not ready for it.
+    # the other imports, because they take 0.3 s. Without it, a `docker stop` during the imports
+    # would be lost. In a container this is process 1, and Linux gives process 1 no signal for
+    # which it has neither a block nor a handler.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 
 import gc
@@ -56,7 +57,8 @@ IDLE_SECONDS = 75
 # At the end, a request may take this time before its worker is killed. Docker waits for 10 s.
 KILL_SECONDS = 5
 
-# granian adds this to its own configuration of logging, in which there is a handler "console".
+# granian adds this to its own configuration of logging. There, "console" is a handler, and
+# "generic" and "access" are the formats of messages and of the access log.
 LOG_FORMAT = {"format": "%(asctime)s %(process)d %(levelname)s %(message)s"}
 LOGGING = {
     "formatters": {"generic": LOG_FORMAT, "access": LOG_FORMAT},
@@ -236,8 +238,8 @@ def problem_of_tls_files(connection):
     try:
         context = ssl.create_default_context(cafile=connection.ca_certs)
         if connection.certfile or connection.keyfile:
-            # An encrypted key is refused: with a wrong password here, OpenSSL does not ask for
-            # the right one at the terminal.
+            # If the key is encrypted, this password is wrong, and the key is refused. Without
+            # any password, OpenSSL would ask for one at the terminal.
             context.load_cert_chain(connection.certfile, connection.keyfile, password="")
     except (OSError, TypeError):  # TypeError: a key without a certificate
         return "a file that it names cannot be read, or holds no certificate or no key"
@@ -250,8 +252,8 @@ def problem_of_tls_files(connection):
 def check_address(host, port):
     """Return the IP address to listen on. Raises ValueError where that is not possible.
 
-    granian would not say that the port is taken, but share it with the other program. Nor does it
-    take a host name. So this listens for a moment, as granian will.
+    granian needs an IP address, and would share a port that another program uses. So the host name
+    is looked up here, and the port is tried: this process listens on it for a moment.
     """
     options = {}
     if ":" in host:
@@ -259,7 +261,7 @@ def check_address(host, port):
     try:
         with socket.create_server((host, port), **options) as listener:
             return listener.getsockname()[0]
-    # A host that cannot be looked up raises OSError; one that cannot be a name, the others.
+    # OSError: no such host, or a port that is in use. The others: what cannot be a host name.
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"HOST is {host!r} and PORT is {port}: {error};"
@@ -282,7 +284,8 @@ def allow_open_files(count):
 
 # --- Serving, and the end
 #
-# How the service ends:
+# A pipe leads from the parent to its workers. Nothing is sent through it: when it is closed, the
+# workers know that they have to end. How the service ends:
 #
 # 1. An end signal arrives: at the parent (docker stop), at all processes (Ctrl-C), or at one
 #    after the other (systemd). All processes block it. Only wait_for_end_signal, a thread of the
@@ -304,21 +307,21 @@ class Server(Granian):
     """granian, with another way to end.
 
     It uses these inner names of granian 2.8.7: `wrks`, `interrupt_by_parent`,
-    `signal_handler_interrupt` and `shutdown`. See also end_as_granian_does.
+    `signal_handler_interrupt` and `shutdown`. See also call_granians_handler.
     """
 
     def __init__(self, **settings):
         # granian wants the name of the app, though load_app, below, returns the app itself.
         super().__init__("app:app", **settings)
-        # Nothing is sent through this pipe. Workers only wait until no process can write to it.
         self.pipe_reader, self.pipe_writer = multiprocessing.Pipe(duplex=False)
 
     def run(self):
         """Serve until an end signal. Exits with status 1 if workers crash again and again."""
         end_signals = set(END_SIGNALS)
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup sets it
-            end_signals.remove(signal.SIGHUP)  # it stays blocked, so that nothing happens
-        # A signal that has come already is taken at once. granian keeps it until it serves.
+            end_signals.remove(signal.SIGHUP)  # SIGHUP stays blocked, and nobody waits for it
+        # If an end signal has come already, this thread tells granian now, before `serve` below.
+        # granian remembers it, and ends as soon as it has started.
         start_thread(wait_for_end_signal, end_signals, self)
         # Every new worker calls load_app with these arguments.
         load = partial(load_app, app.start_time, self.pipe_reader, self.pipe_writer)
@@ -349,13 +352,32 @@ def wait_for_end_signal(end_signals, server):
     server.signal_handler_interrupt()
 
 
+# How a worker of granian 2.8.7 is ended: granian sets a handler for SIGTERM in it, after it has
+# called load_app. This handler ends the worker in good order, and nothing else does. SIGTERM is
+# blocked here, so that the two functions below stand in for it. The default handler, SIG_DFL, is
+# the sign that granian has not set its own one yet.
+
+
+def set_default_handler():
+    """Set the default handler for SIGTERM. A forked worker has another one from its parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def call_granians_handler():
+    """Wait until granian has set its handler for SIGTERM, and call it. Any thread may do this."""
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.01)
+    end_worker = signal.getsignal(signal.SIGTERM)
+    end_worker(signal.SIGTERM, None)
+
+
 def load_app(start_time, pipe_reader, pipe_writer):
     """Return the app to granian, in a new worker."""
     # A forked worker inherits the blocked signals. One that is not forked has to block them.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     # The worker has a copy of the pipe's writer. The parent must be the only one that has one.
     pipe_writer.close()
-    forget_signal_handler()
+    set_default_handler()
     ending = threading.Event()
     start_thread(wait_for_parent, pipe_reader, ending)
 
@@ -381,25 +403,7 @@ def wait_for_parent(pipe_reader, ending):
     """Wait until the parent ends, then have granian end this worker."""
     pipe_reader.poll(None)  # returns when the pipe is closed
     ending.set()
-    end_as_granian_does()
-
-
-# granian ends a worker by a handler for SIGTERM, which it sets after it has called load_app.
-# Nothing else in granian 2.8.7 ends a worker in good order, so its handler is called here. Until
-# granian has set it, the handler is the default one, to which load_app has set it back.
-
-
-def forget_signal_handler():
-    """Set back the handler for SIGTERM that a forked worker has from its parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def end_as_granian_does():
-    """Wait until granian has set its handler for SIGTERM, and call it. Any thread may."""
-    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        time.sleep(0.01)
-    end_worker = signal.getsignal(signal.SIGTERM)
-    end_worker(signal.SIGTERM, None)
+    call_granians_handler()
 
 
 def main():
@@ -417,7 +421,7 @@ def main():
     except ValueError as error:
         sys.exit(str(error))
 
-    allow_open_files(MAX_CONNECTIONS + 1_000)  # those of Python, and connections to Redis
+    allow_open_files(MAX_CONNECTIONS + 1_000)  # 1,000 for connections to Redis and all else
     server = Server(  # which sets up the log, too
         address=address,
         port=port,

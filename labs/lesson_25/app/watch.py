@@ -10,8 +10,9 @@ import time
 
 import app
 
-# The watch asks this often. The README promises that counting goes on within two seconds after
-# Redis is back. A pause and the wait for one answer take 1 s of them at most.
+# The time between two questions of the watch. The README promises that hits are counted again
+# within 2 s after Redis is back. In these 2 s there may be a pause (0.5 s), a question that still
+# fails (0.5 s) and a new connection (1 s remains for it).
 PAUSE_SECONDS = 0.5
 
 # A worker writes at most one line in this time, even if Redis fails and answers by turns.
@@ -30,13 +31,13 @@ class CircuitBreaker:
 
     def __init__(self):
         self.outage = None
-        # Makes the comparison and the assignment in _end_outage one step. Nothing waits inside.
+        # For each change of self.outage. No thread waits for anything else while it has the lock.
         self._lock = threading.Lock()
         self._request_has_failed = threading.Event()
         self._log = OutageLog()
 
     def request_failed(self, failure):
-        """Begin an outage, and have the watch look at once whether it is one. Requests call it."""
+        """Begin an outage, and wake the watch. Requests call this."""
         self._begin_outage(failure)
         self._request_has_failed.set()
 
@@ -45,7 +46,10 @@ class CircuitBreaker:
             self.outage = failure
 
     def _end_outage(self, outage):
-        """End this outage, but not another one that a request has begun meanwhile."""
+        """End this outage, but not another one that a request has begun meanwhile.
+
+        Every failure is an object of its own. So `is` tells whether there has been another one.
+        """
         with self._lock:
             if self.outage is outage:
                 self.outage = None
@@ -58,7 +62,8 @@ class CircuitBreaker:
 
     def _watch(self):
         while True:
-            # Before the look, so that a request that fails during the look causes another one.
+            # If a request fails from here on, the wait below ends at once, and the watch looks
+            # again.
             self._request_has_failed.clear()
             try:
                 self.look()
@@ -69,7 +74,8 @@ class CircuitBreaker:
     def look(self):
         """Tell the log how things are, then ask Redis, and begin or end an outage."""
         outage = self.outage
-        # Told first, because a request may have failed where the question below does not.
+        # First the log: the question below may find Redis well again, and end the outage before
+        # anybody has told of it.
         self._log.tell(outage)
         if outage is None:
             self._look_in_good_times()
@@ -107,19 +113,21 @@ def close_idle_connections():
     The next question then opens a connection, and looks up the name of Redis for that: it may
     have another address now.
     """
-    client = app.get_redis_client()  # not None: serve.py starts no watch without a client
+    client = app.get_redis_client()  # never None here: serve.py starts no watch without a client
     client.connection_pool.disconnect(inuse_connections=False)
 
 
 class OutageLog:
     """Writes to the log when an outage has begun, when its kind has changed, and when it is over.
 
-    The watch calls `tell` before every question. A change within QUIET_SECONDS of the last line
-    is thus written by a later call, if it still holds then.
+    The watch calls `tell` at every look. If a change comes within QUIET_SECONDS of the last line,
+    nothing is written. The first call after that time writes it, if nothing has changed back.
     """
 
     def __init__(self):
-        self._told_kind = None  # of the outage in the last line; None where there is no outage
+        # The kind of failure in the last line. None: the last line said that Redis is back, or
+        # there has been no line yet.
+        self._told_kind = None
         self._quiet_until = 0.0  # in seconds of time.monotonic()
 
     def tell(self, outage):

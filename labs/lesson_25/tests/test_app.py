@@ -219,6 +219,17 @@ def test_a_hit_is_the_first_word_to_redis_and_is_not_sent_again(
     assert said == [b"INCRBY"]
 
 
+def test_a_user_that_may_count_but_not_ping_counts_and_redis_is_ok(app, client, redis_peer):
+    def refuse_pings(said):
+        if b"PING" in said:
+            return b"-NOPERM this user has no permissions to run the 'ping' command\r\n"
+        return b":1\r\n"
+
+    redis_peer(refuse_pings)
+    assert redis_ok(client) is True
+    assert hit(client) == (1, None)
+
+
 def test_a_key_of_the_wrong_type_is_no_count(client, redis_server):
     other = fakeredis.FakeRedis(server=redis_server)
     other.lpush("lab25_hits", "not a number")
