@@ -131,9 +131,9 @@ def client_for_url(url):
         client = redis.Redis.from_url(url, **options)
     except Exception:  # the error's own text is not shown: it may hold a part of the password
         raise ValueError("REDIS_URL cannot be used: redis-py cannot read it") from None
-    password_in_url = client.get_connection_kwargs()["password"]
-    if password_in_url:
-        _passwords.add(password_in_url)
+    password = client.get_connection_kwargs()["password"]  # the one in the address, if it has one
+    if password:
+        _passwords.add(password)
     return client
 
 
@@ -157,9 +157,9 @@ def client_options():
 
 
 # --- Questions to Redis. Each is a function of a client. It raises whatever the client raises, and
-# --- TypeError for an answer of the wrong kind, as from a server that is not a Redis. Where the
-# --- service has a circuit breaker (see below), an exception stops all requests from asking Redis.
-# --- A new question must therefore catch an error that concerns its own key alone.
+# --- TypeError for an answer of the wrong kind, as from a server that is not a Redis. After an
+# --- exception, no request asks Redis until it is known to be well (see "Asking a question"). So a
+# --- new question must itself catch an error that concerns its own key alone, such as WRONGTYPE.
 
 
 def count_hit(client):

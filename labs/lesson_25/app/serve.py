@@ -11,10 +11,9 @@ import signal
 END_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 if __name__ == "__main__":
-    # From here on a signal is kept until wait_for_end_signal, below, takes it. This comes before
-    # the other imports, because they take 0.3 s. Without it, a `docker stop` during the imports
-    # would be lost. In a container this is process 1, and Linux gives process 1 no signal for
-    # which it has neither a block nor a handler.
+    # From here on these signals are kept until wait_for_end_signal, below, takes them. This comes
+    # before the other imports, which take 0.3 s: in a container, where this is process 1, Linux
+    # would throw away a signal that comes meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 
 import gc
@@ -27,7 +26,6 @@ import socket
 import ssl
 import sys
 import threading
-import time
 import urllib.parse
 from functools import partial
 
@@ -261,7 +259,8 @@ def check_address(host, port):
     try:
         with socket.create_server((host, port), **options) as listener:
             return listener.getsockname()[0]
-    # OSError: no such host, or a port that is in use. The others: what cannot be a host name.
+    # OSError: no such host, or a port that is in use. TypeError and ValueError: a host with
+    # characters that cannot be sent to a name server.
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"HOST is {host!r} and PORT is {port}: {error};"
@@ -307,7 +306,7 @@ class Server(Granian):
     """granian, with another way to end.
 
     It uses these inner names of granian 2.8.7: `wrks`, `interrupt_by_parent`,
-    `signal_handler_interrupt` and `shutdown`. See also call_granians_handler.
+    `signal_handler_interrupt` and `shutdown`. See also end_worker.
     """
 
     def __init__(self, **settings):
@@ -320,8 +319,8 @@ class Server(Granian):
         end_signals = set(END_SIGNALS)
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup sets it
             end_signals.remove(signal.SIGHUP)  # SIGHUP stays blocked, and nobody waits for it
-        # If an end signal has come already, this thread tells granian now, before `serve` below.
-        # granian remembers it, and ends as soon as it has started.
+        # It may have come already. Then this thread tells granian before `serve` is called, and
+        # granian ends as soon as it has started.
         start_thread(wait_for_end_signal, end_signals, self)
         # Every new worker calls load_app with these arguments.
         load = partial(load_app, app.start_time, self.pipe_reader, self.pipe_writer)
@@ -352,32 +351,13 @@ def wait_for_end_signal(end_signals, server):
     server.signal_handler_interrupt()
 
 
-# How a worker of granian 2.8.7 is ended: granian sets a handler for SIGTERM in it, after it has
-# called load_app. This handler ends the worker in good order, and nothing else does. SIGTERM is
-# blocked here, so that the two functions below stand in for it. The default handler, SIG_DFL, is
-# the sign that granian has not set its own one yet.
-
-
-def set_default_handler():
-    """Set the default handler for SIGTERM. A forked worker has another one from its parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def call_granians_handler():
-    """Wait until granian has set its handler for SIGTERM, and call it. Any thread may do this."""
-    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        time.sleep(0.01)
-    end_worker = signal.getsignal(signal.SIGTERM)
-    end_worker(signal.SIGTERM, None)
-
-
 def load_app(start_time, pipe_reader, pipe_writer):
     """Return the app to granian, in a new worker."""
     # A forked worker inherits the blocked signals. One that is not forked has to block them.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     # The worker has a copy of the pipe's writer. The parent must be the only one that has one.
     pipe_writer.close()
-    set_default_handler()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until granian sets its own handler
     ending = threading.Event()
     start_thread(wait_for_parent, pipe_reader, ending)
 
@@ -403,7 +383,18 @@ def wait_for_parent(pipe_reader, ending):
     """Wait until the parent ends, then have granian end this worker."""
     pipe_reader.poll(None)  # returns when the pipe is closed
     ending.set()
-    call_granians_handler()
+    end_worker()
+
+
+def end_worker():
+    """End this worker as granian does at a SIGTERM: after the requests that it has begun.
+
+    SIGTERM is blocked in a worker, so granian's handler for it never runs. It is called here.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is signal.SIG_DFL:  # granian has not set its own yet: the worker has no requests
+        os._exit(0)
+    handler(signal.SIGTERM, None)
 
 
 def main():

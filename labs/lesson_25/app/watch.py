@@ -11,8 +11,8 @@ import time
 import app
 
 # The time between two questions of the watch. The README promises that hits are counted again
-# within 2 s after Redis is back. In these 2 s there may be a pause (0.5 s), a question that still
-# fails (0.5 s) and a new connection (1 s remains for it).
+# within 2 s after Redis is back. Up to 0.5 s of that is this pause, and 0.5 s a question that was
+# asked a moment too early. 1 s is left for a new connection: enough, unless the network is slow.
 PAUSE_SECONDS = 0.5
 
 # A worker writes at most one line in this time, even if Redis fails and answers by turns.
@@ -38,10 +38,10 @@ class CircuitBreaker:
 
     def request_failed(self, failure):
         """Begin an outage, and wake the watch. Requests call this."""
-        self._begin_outage(failure)
+        self._set_outage(failure)
         self._request_has_failed.set()
 
-    def _begin_outage(self, failure):
+    def _set_outage(self, failure):
         with self._lock:
             self.outage = failure
 
@@ -86,14 +86,14 @@ class CircuitBreaker:
         """Begin an outage if Redis does not answer a PING. A PING writes nothing to the disk."""
         _, failure = app.ask_redis_now(app.ping)
         if failure:
-            self._begin_outage(failure)
+            self._set_outage(failure)
 
     def _look_in_an_outage(self, outage):
         """End the outage if Redis can count. A PING would not tell, because it writes nothing."""
         close_idle_connections()
         _, failure = app.ask_redis_now(count_nothing)
         if failure:
-            self._begin_outage(failure)
+            self._set_outage(failure)
         else:
             self._end_outage(outage)
 
