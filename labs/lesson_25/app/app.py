@@ -22,8 +22,8 @@ except ImportError:  # the service runs without the package, but cannot count
 # The limit on each wait for Redis. How long one request may wait:
 #   0.5 s  on an open connection: for the answer;
 #   2.5 s  on a new connection: for the connection, TLS, AUTH, SELECT and the answer.
-# On a new connection the look-up of its name comes first, which serve.py limits to 1 s for each
-# name server. If Redis is not at the first address of the name, each further one takes 0.5 s.
+# A new connection may cost more. The look-up of the name of Redis comes first; serve.py limits it
+# to 1 s for each name server. A name may have several addresses: each that is dead takes 0.5 s.
 WAIT_SECONDS = 0.5
 
 HITS_KEY = "lab25_hits"

@@ -79,7 +79,7 @@ def check_redis():
         return "none, no counter"
     if app.redis is None:
         return "none, no counter (the Python package redis is not installed)"
-    app.redis_password()  # raises ValueError where its file cannot be used
+    app.redis_password()  # first, or a bad password file would be reported as a bad address
     if setting("REDIS_URL"):
         check_redis_url(setting("REDIS_URL"))
     else:
@@ -319,8 +319,8 @@ class Server(Granian):
         end_signals = set(END_SIGNALS)
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup sets it
             end_signals.remove(signal.SIGHUP)  # SIGHUP stays blocked, and nobody waits for it
-        # It may have come already. Then this thread tells granian before `serve` is called, and
-        # granian ends as soon as it has started.
+        # An end signal may have come already. Then the new thread tells granian before `serve` is
+        # called, and granian ends as soon as it has started.
         start_thread(wait_for_end_signal, end_signals, self)
         # Every new worker calls load_app with these arguments.
         load = partial(load_app, app.start_time, self.pipe_reader, self.pipe_writer)
@@ -357,7 +357,8 @@ def load_app(start_time, pipe_reader, pipe_writer):
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     # The worker has a copy of the pipe's writer. The parent must be the only one that has one.
     pipe_writer.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until granian sets its own handler
+    # A forked worker has its parent's handler. granian replaces this one when it begins to serve.
+    signal.signal(signal.SIGTERM, end_at_once)
     ending = threading.Event()
     start_thread(wait_for_parent, pipe_reader, ending)
 
@@ -387,14 +388,18 @@ def wait_for_parent(pipe_reader, ending):
 
 
 def end_worker():
-    """End this worker as granian does at a SIGTERM: after the requests that it has begun.
+    """End this worker by its handler for SIGTERM, which never runs by itself: SIGTERM is blocked.
 
-    SIGTERM is blocked in a worker, so granian's handler for it never runs. It is called here.
+    It is granian's handler, which finishes the requests first, or, in a worker that does not serve
+    yet, end_at_once.
     """
     handler = signal.getsignal(signal.SIGTERM)
-    if handler is signal.SIG_DFL:  # granian has not set its own yet: the worker has no requests
-        os._exit(0)
     handler(signal.SIGTERM, None)
+
+
+def end_at_once(number, frame):
+    """End a worker that has no requests yet. It has the arguments of a handler for a signal."""
+    os._exit(0)
 
 
 def main():

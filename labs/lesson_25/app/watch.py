@@ -31,13 +31,14 @@ class CircuitBreaker:
 
     def __init__(self):
         self.outage = None
-        # For each change of self.outage. No thread waits for anything else while it has the lock.
+        # For each change of self.outage. It is held for a moment, never while Redis is asked or the
+        # log is written.
         self._lock = threading.Lock()
         self._request_has_failed = threading.Event()
         self._log = OutageLog()
 
     def request_failed(self, failure):
-        """Begin an outage, and wake the watch. Requests call this."""
+        """Begin an outage, and then wake the watch, which reads it. Requests call this."""
         self._set_outage(failure)
         self._request_has_failed.set()
 

@@ -72,8 +72,10 @@ def test_redis_going_nine_times_costs_no_answer_and_no_number(stack):
     assert len(everyone) == len(set(everyone)), "a number was given twice"
     assert len(everyone) > 100, "there was too little to see"
     assert stack.hits() > max(everyone), "a number was given and then lost"
+    web.wait_for(lambda: len(new_lines(BACK)) >= limits.WORKERS)
     failed = new_lines(FAILED)
-    assert 4 <= len(failed) <= 36, f"at most two kinds for each fault and worker: {failed}"
+    # Of faults that come quickly one after the other the log tells fewer, at least one.
+    assert limits.WORKERS <= len(failed) <= 36, f"at most two for each fault and worker: {failed}"
     assert len(new_lines()) <= 2 * len(failed), f"more was told than that: {new_lines()}"
 
 
