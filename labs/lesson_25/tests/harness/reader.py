@@ -197,7 +197,6 @@ def own_swarm(unit, made):
     for tag in published(unit):
         publish(made, tag)
     made.words["ghcr.io"] = "registry:5000"
-    made.words.pop("lab25_")  # in an engine of their own, services keep their names
     lacks = kernel_lacks(BASE)
     stack = made.copy / STACK_FILE.relative_to(REPOSITORY)
     stack.write_text(adapted(made.own(STACK_FILE.read_text()), lacks))
@@ -237,6 +236,8 @@ def publish(made, tag):
 
 def follow(unit, made):
     """Let a Reader do what a unit says; fail at the first place where the text is wrong."""
+    if unit.in_own_swarm:
+        made.words.pop("lab25_")  # in an engine of their own, services and keys keep their names
     made.copy_repository()
     with own_swarm(unit, made) if unit.in_own_swarm else contextlib.nullcontext():
         made.read(unit.blocks)
