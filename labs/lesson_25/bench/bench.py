@@ -1,8 +1,8 @@
-"""Measures the lesson's image and stack against a single-stage image, and prints what README's 'Benchmark' shows.
+"""Measures the image and its stack against a single-stage image; prints what its README shows.
 
-Exits with 1 where a limit is missed, with 2 where something could not be measured. Both images run in the local
-Compose file at the same time, each with a Redis of its own. What is made here is removed at the end; the images that
-the engine had to pull and its build cache stay.
+Exits with 1 where a limit is missed, with 2 where something could not be measured. Both images run
+in the local Compose file at the same time, each with a Redis of its own. What is made here is
+removed at the end; the images that the engine had to pull and its build cache stay.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from harness.engine import docker
 from harness.registry import private_registry
 
 PROBES, MISSED = 24, "**missed:"
-# Figures and limits are in seconds and bytes, and shown in the row's unit; `bar` is the row's name in the chart.
+# Figures and limits are in seconds and bytes, and shown in the row's unit; `bar` is the row's name
+# in the chart.
 UNITS = {"MB": 1e6, "kB": 1e3, "MiB": 2**20, "s": 1, "ms": 1e-3, "/s": 1, f"of {PROBES}": 1}
 Row = collections.namedtuple("Row", "key what unit under ratio bar", defaults=[None] * 3)
 ROWS = [
@@ -112,6 +113,12 @@ ROWS = [
         "s",
         limits.FIRST_WAIT_SECONDS,
     ),
+    Row(
+        "held_back",
+        "`/health` with writes held back (`CLIENT PAUSE`) and 64 clients on `/`",
+        "s",
+        limits.FIRST_WAIT_SECONDS,
+    ),
     Row("stopped_first", "`/` with Redis stopped, the first answer", "s"),
     Row("stopped", "`/` with Redis stopped, slowest of the next ten", "s", limits.AT_ONCE_SECONDS),
     Row("failover", "every hit counted again after Redis moved", "s", limits.BACK_WITHIN_SECONDS),
@@ -129,7 +136,7 @@ def at_full_speed(address, seconds):
 
 
 class Side:
-    """One of the two that are compared: its image, its stack, and lists of figures by the key of their row."""
+    """One of the two that are compared: its image, its stack, and its figures by their row's key."""
 
     def __init__(self, name, dockerfile, folder, override=""):
         self.name, self.dockerfile, self.folder, self.tag = (
@@ -211,11 +218,17 @@ class Side:
         else:
             self.note(alone=max(waits), late=sum(wait > limits.AT_ONCE_SECONDS for wait in waits))
 
+    def writes_held_back(self):
+        with clients.Visitors(self.port, 64):
+            self.redis.run("redis-cli", "client", "pause", "5000", "write")
+            self.note(held_back=max(probe(self.port, PROBES, every=0.25)))
+            self.redis.run("redis-cli", "client", "unpause")
+        self.stack.hits()
+
     def stopped_redis(self):
         docker("stop", self.redis.name)
-        with concurrent.futures.ThreadPoolExecutor(
-            16
-        ) as pool:  # so many that every worker meets the outage
+        # So many that every worker meets the outage.
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
             self.note(stopped_first=max(pool.map(seconds_to, [self.port] * 16)))
         self.note(stopped=max(seconds_to(self.port) for _ in range(10)))
         docker("start", self.redis.name)
@@ -294,7 +307,10 @@ def table(lesson, single):
 
 def conditions(lesson):
     """Return when, where and with what the figures were taken."""
-    program = "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in ('granian', 'flask')), sep=', ')"
+    program = (
+        "import importlib.metadata as m;"
+        "print(*(f'{p} {m.version(p)}' for p in ('granian', 'flask')), sep=', ')"
+    )
     parts = [
         f"{time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores",
         "Docker Engine " + docker("version", "--format", "{{.Server.Version}}").stdout,
@@ -305,7 +321,10 @@ def conditions(lesson):
         + lesson.redis.run("redis-server", "--version").stdout.split()[2].removeprefix("v="),
     ]
     made_with = ", ".join(part.strip() for part in parts)
-    return f"{made_with}. Medians (lowest-highest). Ratio: this lesson's figure divided by the single stage's."
+    return (
+        f"{made_with}. Medians (lowest-highest)."
+        " Ratio: this lesson's figure divided by the single stage's."
+    )
 
 
 def measure(rounds, seconds):
@@ -315,7 +334,8 @@ def measure(rounds, seconds):
         cleanup.callback(engine.remove_images)
         registry = cleanup.enter_context(private_registry(folder))
         lesson = Side("this lesson", engine.CONTEXT / "Dockerfile", folder)
-        # The development server starts a thread for each connection: 200 slow clients need more than the stack allows.
+        # The development server starts a thread for each connection: 200 slow clients need more than
+        # the stack allows.
         dockerfile = pathlib.Path(__file__).with_name("Dockerfile.single-stage")
         single = Side("single stage", dockerfile, folder, "    pids_limit: !reset null\n")
         often = (
@@ -331,6 +351,7 @@ def measure(rounds, seconds):
                 (Side.slow_clients, side),
                 (Side.frozen_redis, side, 0),
                 (Side.frozen_redis, side, 64),
+                (Side.writes_held_back, side),
             ]
             steps += [(Side.stopped_redis, side), (Side.redis_moved, side)]
         for number, (step, side, *values) in enumerate(steps, 1):
