@@ -136,7 +136,7 @@ def at_full_speed(address, seconds):
 
 
 class Side:
-    """One of the two that are compared: its image, its stack, and its figures by their row's key."""
+    """One of the two that are compared: its image, its stack, and its figures by row."""
 
     def __init__(self, name, dockerfile, folder, override=""):
         self.name, self.dockerfile, self.folder, self.tag = (
@@ -334,8 +334,8 @@ def measure(rounds, seconds):
         cleanup.callback(engine.remove_images)
         registry = cleanup.enter_context(private_registry(folder))
         lesson = Side("this lesson", engine.CONTEXT / "Dockerfile", folder)
-        # The development server starts a thread for each connection: 200 slow clients need more than
-        # the stack allows.
+        # The development server starts a thread for each connection: 200 slow clients need more
+        # than the stack allows.
         dockerfile = pathlib.Path(__file__).with_name("Dockerfile.single-stage")
         single = Side("single stage", dockerfile, folder, "    pids_limit: !reset null\n")
         often = (
