@@ -14,30 +14,35 @@ import serve
 from harness import limits
 from harness.clients import ask, eventually, get, probe, seconds_to, slow_clients
 from harness.engine import CONTEXT, container, free_port
+from harness.limits import PATIENCE_SECONDS
 
-# The service, with shorter times than its own, so that a test need not wait for those.
-WITH_SHORT_TIMES = f"""
+# The service, with other times than its own, so that a test need not wait for those.
+WITH_OTHER_TIMES = f"""
 import signal, sys
 sys.path.insert(0, {str(CONTEXT)!r})
 import serve
 signal.pthread_sigmask(signal.SIG_BLOCK, serve.END_SIGNALS)
-serve.IDLE_SECONDS, serve.KILL_SECONDS = 2, 2
+serve.IDLE_SECONDS, serve.KILL_SECONDS = map(int, sys.argv[1:])
 serve.main()
 """
 
 
-@pytest.fixture
-def impatient():
-    """A service that waits two seconds where it usually waits long: its process and port."""
+@contextlib.contextmanager
+def service(idle_seconds=3600, kill_seconds=3600):
+    """Yield the process and the port of a service with these times."""
     port = free_port()
-    command = [sys.executable, "-c", WITH_SHORT_TIMES]
+    command = [sys.executable, "-c", WITH_OTHER_TIMES, str(idle_seconds), str(kill_seconds)]
     process = subprocess.Popen(command, env={**os.environ, "PORT": str(port)})
     try:
         eventually(lambda: get(port, "/health"))
         yield process, port
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def half_a_request(port):
@@ -47,36 +52,54 @@ def half_a_request(port):
     return connection
 
 
-def seconds_until_closed(connection):
-    """Return how long the other side takes to close. Raises TimeoutError where it does not."""
-    began = time.monotonic()
-    while connection.recv(4096):
-        pass
+def seconds_until_closed(connection, began, what):
+    """Return how long after `began` the other side has closed; fail where it does not."""
+    connection.settimeout(PATIENCE_SECONDS)
+    try:
+        while connection.recv(4096):
+            pass
+    except TimeoutError:
+        pytest.fail(f"{what} is kept for ever: still open after {PATIENCE_SECONDS} s")
     return time.monotonic() - began
 
 
 def test_the_times_are_those_that_load_balancers_and_engines_expect():
     """They keep an idle connection for 60 s, and kill a service that has not ended after 10."""
-    assert limits.KEPT_OPEN_SECONDS < serve.IDLE_SECONDS <= 120
-    assert serve.KILL_SECONDS <= 5
+    assert limits.KEPT_OPEN_SECONDS < serve.IDLE_SECONDS <= 120, (
+        f"an idle connection is closed after {serve.IDLE_SECONDS} s"
+    )
+    assert serve.KILL_SECONDS <= 5, f"a request may hold up the end for {serve.KILL_SECONDS} s"
 
 
-def test_a_connection_is_kept_and_closed_when_it_has_been_idle_for_long(impatient):
-    _, port = impatient
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as kept:
-        assert ask(kept).status == ask(kept, "/health").status == 200
-        assert seconds_until_closed(kept.sock) > 1, "an idle connection was closed at once"
+def test_as_many_idle_connections_are_allowed_as_are_promised():
+    assert serve.MAX_CONNECTIONS > limits.IDLE_CONNECTIONS, (
+        f"a worker holds {serve.MAX_CONNECTIONS} connections, of which {limits.IDLE_CONNECTIONS}"
+        " may be idle ones"
+    )
 
 
-def test_a_request_that_is_never_finished_is_given_up(impatient):
-    _, port = impatient
-    with half_a_request(port) as unfinished:
-        assert seconds_until_closed(unfinished) > 1, "a slow request was given up at once"
+def test_a_connection_is_kept_and_closed_when_it_has_been_idle_for_long():
+    with (
+        service(idle_seconds=1) as (_, port),
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as kept,
+    ):
+        assert ask(kept).status == 200
+        began = time.monotonic()
+        assert ask(kept, "/health").status == 200
+        seconds = seconds_until_closed(kept.sock, began, "an idle connection")
+    assert seconds > 0.9, f"an idle connection was closed after {seconds:.1f} s instead of 1"
 
 
-def test_a_request_that_is_never_finished_holds_up_the_end_no_longer_than_is_said(impatient):
-    process, port = impatient
-    with half_a_request(port):
+def test_a_request_that_is_never_finished_is_given_up():
+    with service(idle_seconds=1) as (_, port):
+        began = time.monotonic()
+        with half_a_request(port) as unfinished:
+            seconds = seconds_until_closed(unfinished, began, "a request that is never finished")
+    assert seconds > 0.9, f"a slow request was given up after {seconds:.1f} s instead of 1"
+
+
+def test_a_request_that_is_never_finished_holds_up_the_end_no_longer_than_is_said():
+    with service(kill_seconds=1) as (process, port), half_a_request(port):
         get(port)  # by now the unfinished one has been taken, too
         process.terminate()
         try:
@@ -131,4 +154,5 @@ def test_a_kept_connection_is_open_after_65_seconds_and_an_unfinished_request_is
         assert ask(kept).status == 200
         time.sleep(limits.KEPT_OPEN_SECONDS)
         assert ask(kept).status == 200, "a load balancer's request met a closed connection"
-        assert seconds_until_closed(unfinished) < 30
+        began = time.monotonic()
+        assert seconds_until_closed(unfinished, began, "a request that is never finished") < 30
