@@ -222,7 +222,10 @@ def test_a_schedule_switches_off_the_weekly_run_alone_which_may_do_what_it_calls
     """GitHub switches off the whole file with the schedule; a call that grants too little fails."""
     assert "schedule" not in events, "GitHub will switch off publishing with the schedule"
     weekly = read(".github/workflows/weekly-lab25.yml")
-    assert weekly[True].get("schedule"), "nothing is built weekly: no schedule"
+    for moment in weekly[True].get("schedule") or [{"cron": "never"}]:
+        assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", moment["cron"]), (
+            f"the weekly run starts at `{moment['cron']}`, which is not once a week"
+        )
     (call,) = weekly["jobs"].values()
     assert call.get("uses") == "./.github/workflows/docker-image-lab25.yml", (
         f"the weekly run does not call the workflow, but {call.get('uses')}"
@@ -908,6 +911,15 @@ def test_dependabot_watches_the_actions_and_every_list_of_packages():
     assert watched == expected, (
         f"without updates: {expected - watched}; nothing to update: {watched - expected}"
     )
+
+
+def test_a_release_of_others_is_taken_a_week_later():
+    """A bad one is mostly found within days."""
+    for update in read(".github/dependabot.yml")["updates"]:
+        days = update.get("cooldown", {}).get("default-days", 0)
+        assert days >= 7, (
+            f"Dependabot proposes a release of {update['package-ecosystem']} after {days} days"
+        )
 
 
 def test_the_tests_packages_are_updated_with_the_app_s():

@@ -6,18 +6,24 @@ import socketserver
 import fakeredis
 
 from harness.clients import serving
+from harness.limits import PATIENCE_SECONDS
 
 
 @contextlib.contextmanager
 def peer(answer):
-    """Yield the port of a server that says what `answer(said)` returns; it hangs up for None."""
+    """Yield the port of a server that says what `answer(said)` returns; it hangs up for None.
+
+    It also hangs up after PATIENCE_SECONDS without a word, so that nobody waits for it for ever.
+    """
 
     def handle(connection, *_):
-        while said := connection.recv(4096):
-            speech = answer(said)
-            if speech is None:
-                return
-            connection.sendall(speech)
+        connection.settimeout(PATIENCE_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            while said := connection.recv(4096):
+                speech = answer(said)
+                if speech is None:
+                    return
+                connection.sendall(speech)
 
     with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handle)) as port:
         yield port
