@@ -1,11 +1,13 @@
 """Connections that are kept, and those that never get to a request."""
 
+import concurrent.futures
 import contextlib
 import http.client
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -15,6 +17,7 @@ from harness import limits
 from harness.clients import ask, eventually, get, probe, seconds_to, slow_clients
 from harness.engine import CONTEXT, container, free_port
 from harness.limits import PATIENCE_SECONDS
+from harness.peers import peer
 
 # The service, with other times than its own, so that a test need not wait for those.
 WITH_OTHER_TIMES = f"""
@@ -23,16 +26,17 @@ sys.path.insert(0, {str(CONTEXT)!r})
 import serve
 signal.pthread_sigmask(signal.SIG_BLOCK, serve.END_SIGNALS)
 serve.IDLE_SECONDS, serve.KILL_SECONDS = map(int, sys.argv[1:])
+serve.app.WAIT_SECONDS = 20
 serve.main()
 """
 
 
 @contextlib.contextmanager
-def service(idle_seconds=3600, kill_seconds=3600):
-    """Yield the process and the port of a service with these times."""
+def service(idle_seconds=3600, kill_seconds=3600, **settings):
+    """Yield the process and the port of a service with these times and settings."""
     port = free_port()
     command = [sys.executable, "-c", WITH_OTHER_TIMES, str(idle_seconds), str(kill_seconds)]
-    process = subprocess.Popen(command, env={**os.environ, "PORT": str(port)})
+    process = subprocess.Popen(command, env={**os.environ, "PORT": str(port), **settings})
     try:
         eventually(lambda: get(port, "/health"))
         yield process, port
@@ -106,6 +110,33 @@ def test_a_request_that_is_never_finished_holds_up_the_end_no_longer_than_is_sai
             assert process.wait(20) == 0
         except subprocess.TimeoutExpired:
             pytest.fail("a client that sends half a request kept the service from ending")
+
+
+def test_four_hits_that_wait_for_redis_keep_nobody_else_waiting():
+    asked, answered = threading.Semaphore(0), threading.Event()
+
+    def answer_late(said):
+        if b"INCRBY" not in said:
+            return b"+PONG\r\n"
+        asked.release()
+        answered.wait(20)
+        return b":1\r\n"
+
+    with (
+        peer(answer_late) as redis_port,
+        service(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port), WEB_CONCURRENCY="1") as (
+            _,
+            port,
+        ),
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        hits = [pool.submit(get, port, timeout=30) for _ in range(4)]
+        try:
+            waiting = [asked.acquire(timeout=5) for _ in hits]
+            assert all(waiting), f"only {sum(waiting)} of 4 hits were taken at the same time"
+            assert get(port, "/nowhere").status == 404
+        finally:
+            answered.set()
 
 
 @pytest.mark.engine
