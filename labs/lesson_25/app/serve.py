@@ -79,7 +79,6 @@ def check_redis():
         return "none, no counter"
     if app.redis is None:
         return "none, no counter (the Python package redis is not installed)"
-    app.redis_password()  # first, or a bad password file would be reported as a bad address
     if setting("REDIS_URL"):
         check_redis_url(setting("REDIS_URL"))
     else:
@@ -217,7 +216,8 @@ def problem_of_options(url, parts):
     has_tls_options = bool(options.keys() & TLS_OPTIONS)
     if has_tls_options and parts.scheme != "rediss":
         return "it has an option for TLS, which needs rediss://"
-    if app.redis_password() and (parts.password or "password" in options):
+    password = app.redis_password()  # raises ValueError, with its own sentence, for a bad file
+    if password and (parts.password or "password" in options):
         return "it has a password, and another one is set: unset one of them"
     try:
         client = app.client_for_url(url)  # only for this check
@@ -291,8 +291,8 @@ def allow_open_files(count):
 #    parent, takes it. It wakes granian's main loop, which calls Server.shutdown.
 # 2. Server.shutdown tells granian that its workers are about to end, and closes the pipe.
 #    (granian then also sends them a SIGTERM, which they block.)
-# 3. wait_for_parent, a thread of each worker, sees that the pipe is closed. It makes every answer
-#    from now on close its connection, and has granian end the worker.
+# 3. wait_for_parent, a thread of each worker, sees that the pipe is closed. From now on every
+#    answer closes its connection. It calls granian's function that ends the worker.
 # 4. granian finishes the requests that a worker has begun. The worker ends.
 # 5. The parent waits for its workers, kills them after KILL_SECONDS, and ends with status 0.
 #
@@ -306,7 +306,7 @@ class Server(Granian):
     """granian, with another way to end.
 
     It uses these inner names of granian 2.8.7: `wrks`, `interrupt_by_parent`,
-    `signal_handler_interrupt` and `shutdown`. See also end_worker.
+    `signal_handler_interrupt` and `shutdown`. See also end_with_parent.
     """
 
     def __init__(self, **settings):
@@ -357,10 +357,8 @@ def load_app(start_time, pipe_reader, pipe_writer):
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     # The worker has a copy of the pipe's writer. The parent must be the only one that has one.
     pipe_writer.close()
-    # A forked worker has its parent's handler. granian replaces this one when it begins to serve.
-    signal.signal(signal.SIGTERM, end_at_once)
     ending = threading.Event()
-    start_thread(wait_for_parent, pipe_reader, ending)
+    end_with_parent(pipe_reader, ending)
 
     app.start_time = start_time
     app.app.after_request(partial(close_connection_if, ending))
@@ -380,21 +378,24 @@ def close_connection_if(ending, response):
     return response
 
 
-def wait_for_parent(pipe_reader, ending):
-    """Wait until the parent ends, then have granian end this worker."""
-    pipe_reader.poll(None)  # returns when the pipe is closed
-    ending.set()
-    end_worker()
+def end_with_parent(pipe_reader, ending):
+    """Have this worker set `ending` and end when its parent closes the pipe.
 
+    A worker is ended by calling its handler for SIGTERM. This file calls it as a function, because
+    the signal itself is blocked and never runs it. Which function that is changes once:
 
-def end_worker():
-    """End this worker by its handler for SIGTERM, which never runs by itself: SIGTERM is blocked.
-
-    It is granian's handler, which finishes the requests first, or, in a worker that does not serve
-    yet, end_at_once.
+    - until granian serves: end_at_once, which is set here;
+    - from then on: granian's, which finishes the requests first. granian sets it itself.
     """
-    handler = signal.getsignal(signal.SIGTERM)
-    handler(signal.SIGTERM, None)
+    signal.signal(signal.SIGTERM, end_at_once)
+
+    def wait_for_parent():
+        pipe_reader.poll(None)  # returns when the pipe is closed
+        ending.set()
+        handler = signal.getsignal(signal.SIGTERM)
+        handler(signal.SIGTERM, None)
+
+    start_thread(wait_for_parent)
 
 
 def end_at_once(number, frame):
