@@ -141,19 +141,24 @@ def test_eight_first_hits_at_once_tell_one_outage_once(start):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: get(service.port), range(8)))
     assert {answer.json["hit_count"] for answer in answers} == {None}
-    eventually(lambda: service.lines(FAILED))
+    eventually(lambda: service.lines(FAILED), broken="the log does not tell that Redis failed")
     time.sleep(1)  # for the lines that must not come
-    assert len(service.lines(FAILED)) == 1, service.log
+    assert len(service.lines(FAILED)) == 1, f"one outage is told several times:\n{service.log}"
 
 
 def test_each_worker_says_once_that_redis_went_and_once_that_hits_count_again(start):
     redis_port = free_port()
     service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
-    eventually(lambda: len(service.lines(FAILED)) == 2)
+    eventually(
+        lambda: len(service.lines(FAILED)) == 2, broken="not every worker tells that Redis failed"
+    )
     with serving(FakeRedisServer(redis_port)):
-        eventually(lambda: len(service.lines(BACK)) == 2)
+        eventually(
+            lambda: len(service.lines(BACK)) == 2,
+            broken="not every worker tells that Redis is back",
+        )
         assert all(counted(get(service.port)) for _ in range(10))
-    assert len(service.lines(FAILED)) == 2, service.log
+    assert len(service.lines(FAILED)) == 2, f"one outage is told several times:\n{service.log}"
 
 
 def test_says_that_redis_is_away_though_nobody_asks(start):
@@ -179,8 +184,11 @@ def test_a_killed_worker_is_replaced_and_the_uptime_goes_on(start):
     (first,) = service.workers()
     time.sleep(1.1)  # an uptime that began anew would be 0
     os.kill(first, signal.SIGKILL)
-    eventually(lambda: service.workers() not in ([], [first]))
-    assert eventually(lambda: get(service.port, "/health")).json["uptime_seconds"] >= 1
+    eventually(
+        lambda: service.workers() not in ([], [first]), broken="a worker that died is not replaced"
+    )
+    uptime = eventually(lambda: get(service.port, "/health")).json["uptime_seconds"]
+    assert uptime >= 1, f"the uptime begins anew with a new worker: {uptime} s"
 
 
 @needs_proc
@@ -335,8 +343,8 @@ def test_a_closed_terminal_ends_it_unless_nohup_started_it(start, inherited):
         service.ends_with(0)
     else:
         time.sleep(0.5)
-        assert get(service.port).status == 200
         assert service.process.poll() is None, "nohup did not keep it alive"
+        assert get(service.port).status == 200
 
 
 def test_a_request_in_flight_is_answered_before_the_end(start):
@@ -378,7 +386,8 @@ def test_an_answer_given_while_it_ends_closes_its_connection_and_keeps_a_copiers
         parents_end.close()
         assert ended.wait(10), "the worker did not hear that its parent has ended"
     answer = client.get("/health")
-    assert answer.headers["Connection"] == "close"
+    connection = answer.headers.get("Connection")
+    assert connection == "close", f"an answer given at the end keeps its connection: {connection}"
     assert answer.headers["X-Copier"] == "kept"
 
 

@@ -201,7 +201,9 @@ def test_whatever_the_watch_meets_it_goes_on_and_ends_the_outage(
     thread = threading.Thread(target=run_to_its_end)
     thread.start()
     try:
-        eventually(lambda: watch.outage is None)
+        eventually(
+            lambda: watch.outage is None, broken="after a failure of the watch an outage never ends"
+        )
     finally:
         ended.set()
         thread.join()

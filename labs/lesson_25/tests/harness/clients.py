@@ -82,8 +82,11 @@ def every_hit_counts(port, hits=20):
     return all(counted(get(port)) for _ in range(hits))
 
 
-def eventually(condition, seconds=PATIENCE_SECONDS, every=0.05):
-    """Return the first true result of `condition`, called until then; fail after `seconds`."""
+def eventually(condition, seconds=PATIENCE_SECONDS, every=0.05, broken="what was waited for"):
+    """Return the first true result of `condition`, called until then.
+
+    After `seconds` it fails. Its message begins with `broken`, the promise that is broken then.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -92,7 +95,9 @@ def eventually(condition, seconds=PATIENCE_SECONDS, every=0.05):
             problem = f"{result!r}"
         except FAILURES as error:
             problem = repr(error)
-        assert time.monotonic() < deadline, f"not within {seconds} seconds, at last: {problem}"
+        assert time.monotonic() < deadline, (
+            f"{broken}: not within {seconds} seconds, at last {problem}"
+        )
         time.sleep(every)
 
 
