@@ -167,7 +167,11 @@ def reason(excinfo, whole=False):
 
 
 def build_problem(said):
-    """Return the end of a failed build's output, where the reason is."""
+    """Return what is the reason in a failed build's output."""
     lines = [line for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if "ERROR" in line or "error:" in line.lower()]
-    return "mine/Dockerfile does not build.\n    " + "\n    ".join((errors or lines)[-3:])
+    reason_lines = [line for line in lines if "ERROR" in line or "error:" in line.lower()][-3:]
+    if "------" in lines:  # BuildKit shows the failed step and its words between two such lines
+        shown = lines[lines.index("------") + 1 :]
+        step_lines = shown[: shown.index("------")] if "------" in shown else shown
+        reason_lines = [*step_lines[-6:], lines[-1]]
+    return "mine/Dockerfile does not build.\n    " + "\n    ".join(reason_lines or lines[-3:])
