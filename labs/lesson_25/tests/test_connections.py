@@ -17,7 +17,7 @@ from harness import limits
 from harness.clients import ask, eventually, get, probe, seconds_to, slow_clients
 from harness.engine import CONTEXT, container, free_port
 from harness.limits import PATIENCE_SECONDS
-from harness.peers import peer
+from harness.peers import counting_by, peer
 
 # The service, with other times than its own, so that a test need not wait for those.
 WITH_OTHER_TIMES = f"""
@@ -115,28 +115,25 @@ def test_a_request_that_is_never_finished_holds_up_the_end_no_longer_than_is_sai
 def test_four_hits_that_wait_for_redis_keep_nobody_else_waiting():
     asked, answered = threading.Semaphore(0), threading.Event()
 
-    def answer_late(said):
-        if b"INCRBY" not in said:
-            return b"+PONG\r\n"
+    def answer_late():
         asked.release()
         answered.wait(20)
         return b":1\r\n"
 
-    with (
-        peer(answer_late) as redis_port,
-        service(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port), WEB_CONCURRENCY="1") as (
-            _,
-            port,
-        ),
-        concurrent.futures.ThreadPoolExecutor() as pool,
-    ):
-        hits = [pool.submit(get, port, timeout=30) for _ in range(4)]
-        try:
-            waiting = [asked.acquire(timeout=5) for _ in hits]
-            assert all(waiting), f"only {sum(waiting)} of 4 hits were taken at the same time"
-            assert get(port, "/nowhere").status == 404
-        finally:
-            answered.set()
+    with peer(counting_by(answer_late)) as redis_port:
+        settings = {
+            "REDIS_HOST": "127.0.0.1",
+            "REDIS_PORT": str(redis_port),
+            "WEB_CONCURRENCY": "1",
+        }
+        with service(**settings) as (_, port), concurrent.futures.ThreadPoolExecutor() as pool:
+            hits = [pool.submit(get, port, timeout=30) for _ in range(4)]
+            try:
+                waiting = [asked.acquire(timeout=5) for _ in hits]
+                assert all(waiting), f"only {sum(waiting)} of 4 hits were taken at the same time"
+                assert get(port, "/nowhere").status == 404
+            finally:
+                answered.set()
 
 
 @pytest.mark.engine

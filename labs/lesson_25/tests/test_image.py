@@ -71,6 +71,7 @@ def run_python(image, program, *options):
 
 
 def engine_time():
+    """Return what time it is for the engine, whose machine may have a clock of its own."""
     return when(docker("info", "--format", "{{.SystemTime}}").stdout.strip())
 
 
@@ -81,10 +82,11 @@ def when(text):
 def new_layers(image, since):
     """Return the bytes of each layer of `image` that was made after a moment of the engine's time.
 
-    What a build takes from the cache is as old as it is. Layers are not compared with those of
-    another image: of a step that two builds have made, the cache may give either result.
+    A layer that comes from the cache was made before that moment. Layers are not compared with
+    those of another image: if two builds have made the same step, the cache may give either result.
     """
-    sizes, small = {}, {}
+    sizes = {}
+    small_files = {}  # the manifest and the image's configuration are among them
     command = ["docker", "image", "save", image]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE) as saving,
@@ -93,9 +95,9 @@ def new_layers(image, since):
         for member in archive:
             sizes[member.name] = member.size
             if member.isfile() and member.size < MEGABYTE / 10:
-                small[member.name] = archive.extractfile(member).read()
-    manifest = json.loads(small["manifest.json"])[0]
-    history = json.loads(small[manifest["Config"]])["history"]
+                small_files[member.name] = archive.extractfile(member).read()
+    manifest = json.loads(small_files["manifest.json"])[0]
+    history = json.loads(small_files[manifest["Config"]])["history"]
     steps = [step for step in history if not step.get("empty_layer")]
     layers = zip(steps, manifest["Layers"], strict=True)
     return [sizes[layer] for step, layer in layers if when(step["created"]) > since]

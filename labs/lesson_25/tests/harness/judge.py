@@ -167,11 +167,25 @@ def reason(excinfo, whole=False):
 
 
 def build_problem(said):
-    """Return what is the reason in a failed build's output."""
+    """Return why a build has failed, in the words of its output."""
     lines = [line for line in said.splitlines() if line.strip()]
-    reason_lines = [line for line in lines if "ERROR" in line or "error:" in line.lower()][-3:]
-    if "------" in lines:  # BuildKit shows the failed step and its words between two such lines
-        shown = lines[lines.index("------") + 1 :]
-        step_lines = shown[: shown.index("------")] if "------" in shown else shown
-        reason_lines = [*step_lines[-6:], lines[-1]]
-    return "mine/Dockerfile does not build.\n    " + "\n    ".join(reason_lines or lines[-3:])
+    why = failed_step(lines) or error_lines(lines) or lines[-3:]
+    return "mine/Dockerfile does not build.\n    " + "\n    ".join(why)
+
+
+def failed_step(lines):
+    """Return the last words of the step that failed, and the build's last line.
+
+    BuildKit shows the step between two lines of six dashes. Where no step has failed, as with a
+    Dockerfile that cannot be read, there are none, and the result is None.
+    """
+    dashes = [number for number, line in enumerate(lines) if line == "------"]
+    if len(dashes) < 2:
+        return None
+    step_lines = lines[dashes[0] + 1 : dashes[1]]
+    return [*step_lines[-6:], lines[-1]]
+
+
+def error_lines(lines):
+    """Return the last three lines that tell of an error."""
+    return [line for line in lines if "ERROR" in line or "error:" in line.lower()][-3:]

@@ -29,6 +29,17 @@ def peer(answer):
         yield port
 
 
+def counting_by(answer_hit):
+    """Return an answer for `peer`: `answer_hit()` to a hit, and a PONG to anything else."""
+
+    def answer(said):
+        if b"INCRBY" in said:
+            return answer_hit()
+        return b"+PONG\r\n"
+
+    return answer
+
+
 class FakeRedisServer(fakeredis.TcpFakeServer):
     """A stand-in for Redis on a port of its own."""
 
