@@ -19,11 +19,15 @@ try:
 except ImportError:  # the service runs without the package, but cannot count
     redis = None
 
-# The limit on each wait for Redis. How long one request may wait:
-#   0.5 s  on an open connection: for the answer;
-#   2.5 s  on a new connection: for the connection, TLS, AUTH, SELECT and the answer.
-# A new connection may cost more. The look-up of the name of Redis comes first; serve.py limits it
-# to 1 s for each name server. A name may have several addresses: each that is dead takes 0.5 s.
+# The limit on each wait for Redis. The most that one request may wait:
+#
+#   on an open connection   0.5 s: for the answer
+#   on a new connection     3.5 s, which are
+#                             1 s for the look-up of the name of Redis (serve.py sets this limit)
+#                             5 times 0.5 s: the connection, TLS, AUTH, SELECT, the answer
+#
+# Each further name server adds 1 s if the one before it does not answer. Each further address of
+# the name adds 0.5 s if the one before it does not answer.
 WAIT_SECONDS = 0.5
 
 HITS_KEY = "lab25_hits"
@@ -83,7 +87,7 @@ def redis_is_configured():
 # --- The Redis client
 
 _redis_client = None  # made when it is first needed
-_passwords = set()  # of all clients made here. failure_of removes them from error messages.
+_passwords = set()  # those that clients were made with: failure_of, below, hides them
 
 
 def get_redis_client():
@@ -96,7 +100,8 @@ def get_redis_client():
     if redis is None:
         return None
     if _redis_client is None:
-        # Two threads may both come here, and make a client each. Then the later client is kept.
+        # Two threads may both come here, and make a client each. Both clients work, and the later
+        # one is kept.
         _redis_client = make_redis_client()
     return _redis_client
 
@@ -123,18 +128,26 @@ def client_for_host(host):
 def client_for_url(url):
     """Return a client for the Redis at this address. Raises ValueError.
 
-    An address may set an option, such as a time limit, to another value than client_options
-    does. redis-py prefers the value in the address, so serve.py refuses such an address.
+    An option in the address wins over ours: `?socket_timeout=60` would make a request wait for a
+    minute. So the checks at the start (checks.py) refuse an address with such an option.
     """
     options = client_options()
     try:
         client = redis.Redis.from_url(url, **options)
     except Exception:  # the error's own text is not shown: it may hold a part of the password
-        raise ValueError("REDIS_URL cannot be used: redis-py cannot read it") from None
-    password = client.get_connection_kwargs()["password"]  # the one in the address, if it has one
+        raise bad_url("redis-py cannot read it, or not the value of an option") from None
+    password = client.get_connection_kwargs().get("password")  # it may be in the address
     if password:
         _passwords.add(password)
     return client
+
+
+def bad_url(problem):
+    """Return the exception for a REDIS_URL that cannot be used."""
+    return ValueError(
+        f"REDIS_URL cannot be used: {problem}. It must look like"
+        " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
+    )
 
 
 def client_options():
@@ -156,26 +169,29 @@ def client_options():
     }
 
 
-# --- Questions to Redis. Each is a function of a client. It raises whatever the client raises, and
-# --- TypeError for an answer of the wrong kind, as from a server that is not a Redis. After an
-# --- exception, no request asks Redis until it is known to be well (see "Asking a question"). So a
-# --- new question must itself catch an error that concerns its own key alone, such as WRONGTYPE.
+# --- Questions to Redis. A question is a function of a client. If it raises an exception, then
+# --- ask_redis, below, takes it that Redis cannot count. So a question about another key than
+# --- HITS_KEY has to catch errors that only concern that key: a value of the wrong type, for
+# --- example, for which Redis answers WRONGTYPE and redis-py raises redis.ResponseError.
 
 
 def count_hit(client):
-    """Count one hit and return its number."""
+    """Count one hit and return its number. Raises what redis-py raises, or TypeError."""
     return check_count(client.incr(HITS_KEY))
 
 
 def check_count(answer):
-    """Return the answer to an INCR. Raises TypeError where it is not a number."""
+    """Return the answer to an INCR. Raises TypeError where it is not a number.
+
+    A server that is no Redis may answer with a text, and redis-py returns that.
+    """
     if type(answer) is not int:  # isinstance would take True for a number
         raise TypeError(f"INCR was answered with {answer!r}: is that a Redis?")
     return answer
 
 
 def ping(client):
-    """Return True if Redis answers."""
+    """Return True if Redis answers. Raises what redis-py raises, or TypeError."""
     try:
         answer = client.ping()
     except redis.exceptions.NoPermissionError:
@@ -187,10 +203,6 @@ def ping(client):
 
 # --- Asking a question
 
-# The circuit breaker, an object of watch.py. serve.py sets it in each worker process. Without
-# it, every request asks Redis. Its attribute `outage` is a Failure, or None while all is well.
-breaker = None
-
 
 class Failure(NamedTuple):
     """Why a question has no answer: the kind of the failure, and one line of text about it."""
@@ -199,8 +211,14 @@ class Failure(NamedTuple):
     reason: str
 
 
+# The circuit breaker of watch.py. serve.py sets it in each worker process. While its `outage` is a
+# Failure, no request asks Redis. While that is None, or where there is no breaker, every request
+# asks.
+breaker = None
+
+
 def ask_redis(question):
-    """Ask Redis a question, unless it is known that Redis does not count hits at present.
+    """Ask Redis a question. In an outage, answer at once with the reason of the outage instead.
 
     Returns (answer, None) or (None, failure). Where Redis is not configured, which is no failure,
     it returns (None, None). Never raises.
@@ -217,13 +235,13 @@ def ask_redis(question):
 
 
 def ask_redis_now(question):
-    """Ask Redis a question in any case. Returns what ask_redis returns, and never raises."""
-    if redis is None and redis_is_configured():
-        return None, Failure("ImportError", "the Python package redis is not installed")
+    """Ask Redis a question, in an outage too. Returns what ask_redis returns. Never raises."""
     try:
         client = get_redis_client()
     except ValueError as error:
         return None, Failure("ValueError", str(error))
+    if client is None and redis is None and redis_is_configured():
+        return None, Failure("ImportError", "the Python package redis is not installed")
     if client is None:
         return None, None
     try:
@@ -236,9 +254,9 @@ def failure_of(error):
     """Return an exception as a Failure: in one short line, without a password."""
     kind = type(error).__name__
     text = str(error)
-    # A Redis that does not know the command AUTH repeats its arguments: "unknown command 'AUTH',
-    # with args beginning with: 'the-pass'". Of a long password it repeats only the beginning,
-    # which the loop below would not find.
+    # A server that does not know the command AUTH repeats its arguments: "unknown command 'AUTH',
+    # with args beginning with: 'the-pass". Of a long password this is only a part, which the loop
+    # below would not find. So it is cut off.
     text = text.partition(", with args beginning with")[0]
     for password in list(_passwords):  # a copy, because another thread may add one
         text = text.replace(password, "***")
@@ -249,12 +267,13 @@ def failure_of(error):
     return Failure(kind, one_line[:MAX_REASON_CHARACTERS])
 
 
-# --- Answers to requests. For a new route that uses Redis, write its question above and the
-# --- route here. A metric is best kept here, in a function for Flask's after_request. Each worker
-# --- process has a metric of its own, and whoever reads them adds them up.
+# --- Answers to requests. For a new route that uses Redis, write its question above and the route
+# --- here. A metric belongs here, too, in a function for Flask's after_request. Every worker
+# --- process counts for itself: prometheus_client adds them up in its "multiprocess mode".
 
 app = Flask(__name__, static_folder=None)
-# When the service started. In a worker that was started later, serve.py corrects this.
+# When the service started. serve.py gives the parent's time to every worker, so that all of them,
+# also one that replaces another, tell the same.
 start_time = time.monotonic()
 
 

@@ -11,8 +11,11 @@ import time
 import app
 
 # The time between two questions of the watch. The README promises that hits are counted again
-# within 2 s after Redis is back. Up to 0.5 s of that is this pause, and 0.5 s a question that was
-# asked a moment too early. 1 s is left for a new connection: enough, unless the network is slow.
+# within 2 s after Redis is back. At worst they are spent like this:
+#
+#   0.5 s   on a question that was asked just before Redis was back, and is not answered
+#   0.5 s   on this pause
+#   1.0 s   is left for the next question, on a new connection. On most networks it takes a few ms.
 PAUSE_SECONDS = 0.5
 
 # A worker writes at most one line in this time, even if Redis fails and answers by turns.
@@ -23,22 +26,23 @@ class CircuitBreaker:
     """Whether requests may ask Redis, and if not, why.
 
     `outage` is the latest app.Failure in an outage, or None while hits are counted. Requests
-    read it. A failed request begins an outage, and so does the watch; only the watch ends one.
+    read it. A failed request begins an outage, and so does the watch. Only the watch ends one.
 
-    A request may still be waiting for Redis when an outage ends, and fail after that. It then
-    begins a new outage, which the watch ends again some milliseconds later.
+    What two threads can do to one another: a request may still be waiting for Redis when an outage
+    ends, and fail after that. It then begins a new outage, though Redis is well. The watch ends it
+    some milliseconds later. Meanwhile hits are answered, but not counted.
     """
 
     def __init__(self):
         self.outage = None
-        # For each change of self.outage. It is held for a moment, never while Redis is asked or the
-        # log is written.
+        # Whoever changes self.outage holds this lock: _end_outage must compare and change it in one
+        # step. Nobody holds it while asking Redis or writing to the log.
         self._lock = threading.Lock()
         self._request_has_failed = threading.Event()
         self._log = OutageLog()
 
     def request_failed(self, failure):
-        """Begin an outage, and then wake the watch, which reads it. Requests call this."""
+        """Begin an outage, and wake the watch. A request calls this when Redis has failed it."""
         self._set_outage(failure)
         self._request_has_failed.set()
 
@@ -47,9 +51,10 @@ class CircuitBreaker:
             self.outage = failure
 
     def _end_outage(self, outage):
-        """End this outage, but not another one that a request has begun meanwhile.
+        """End this outage, unless a request has failed since the watch read it.
 
-        Every failure is an object of its own. So `is` tells whether there has been another one.
+        Such a request has put another Failure in its place. Two failures may be equal, but each is
+        an object of its own: so the comparison is `is`, not `==`.
         """
         with self._lock:
             if self.outage is outage:
@@ -63,8 +68,8 @@ class CircuitBreaker:
 
     def _watch(self):
         while True:
-            # If a request fails from here on, the wait below ends at once, and the watch looks
-            # again.
+            # This comes before the look, so that no failure is overlooked. If a request fails while
+            # the watch looks, it sets this event again. The wait below then ends at once.
             self._request_has_failed.clear()
             try:
                 self.look()
@@ -76,7 +81,7 @@ class CircuitBreaker:
         """Tell the log how things are, then ask Redis, and begin or end an outage."""
         outage = self.outage
         # First the log: the question below may find Redis well again, and end the outage before
-        # anybody has told of it.
+        # anybody has told of it. What the question finds is told at the next look.
         self._log.tell(outage)
         if outage is None:
             self._look_in_good_times()
@@ -84,14 +89,13 @@ class CircuitBreaker:
             self._look_in_an_outage(outage)
 
     def _look_in_good_times(self):
-        """Begin an outage if Redis does not answer a PING. A PING writes nothing to the disk."""
+        """Begin an outage if Redis does not answer a PING."""
         _, failure = app.ask_redis_now(app.ping)
         if failure:
             self._set_outage(failure)
 
     def _look_in_an_outage(self, outage):
-        """End the outage if Redis can count. A PING would not tell, because it writes nothing."""
-        close_idle_connections()
+        """End the outage if Redis can count again."""
         _, failure = app.ask_redis_now(count_nothing)
         if failure:
             self._set_outage(failure)
@@ -100,39 +104,32 @@ class CircuitBreaker:
 
 
 def count_nothing(client):
-    """A question like app.count_hit that adds 0 instead of 1: redis-py sends INCRBY for both.
+    """The question in an outage: a hit that adds 0. redis-py sends INCRBY for this and for a hit.
 
-    It fails when hits fail: on a replica, without memory, without permission, or while a CLIENT
-    PAUSE holds writes back. It is only asked in an outage, because Redis writes it to the disk.
+    It fails when hits fail, also where a PING would be answered: on a replica, without memory,
+    without permission, or while a CLIENT PAUSE holds writes back. In good times a PING is better:
+    Redis writes every INCRBY to the disk.
     """
-    return app.check_count(client.incrby(app.HITS_KEY, 0))
-
-
-def close_idle_connections():
-    """Close the client's connections that are not in use.
-
-    The next question then opens a connection, and looks up the name of Redis for that: it may
-    have another address now.
-    """
-    client = app.get_redis_client()  # never None here: serve.py starts no watch without a client
+    # Redis may have another address now. So the next question must not use an old connection: it
+    # opens a new one, and looks up the name of Redis for it.
     client.connection_pool.disconnect(inuse_connections=False)
+    return app.check_count(client.incrby(app.HITS_KEY, 0))
 
 
 class OutageLog:
     """Writes to the log when an outage has begun, when its kind has changed, and when it is over.
 
-    The watch calls `tell` at every look. If a change comes within QUIET_SECONDS of the last line,
-    nothing is written. The first call after that time writes it, if nothing has changed back.
+    The watch calls `tell` at every look. For QUIET_SECONDS after a line nothing is written. After
+    that, only how things are then counts: an outage that has come and gone meanwhile is not told.
     """
 
     def __init__(self):
-        # The kind of failure in the last line. None: the last line said that Redis is back, or
-        # there has been no line yet.
+        # What a reader of the log believes: the kind of the outage, or None for "all is well".
         self._told_kind = None
         self._quiet_until = 0.0  # in seconds of time.monotonic()
 
     def tell(self, outage):
-        """Write a line if `outage` differs from what the last line told."""
+        """Write a line if `outage`, a Failure or None, is not what a reader of the log believes."""
         kind = outage.kind if outage else None
         if kind == self._told_kind or time.monotonic() < self._quiet_until:
             return

@@ -23,8 +23,8 @@ from harness.peers import counting_by, peer
 WITH_OTHER_TIMES = f"""
 import signal, sys
 sys.path.insert(0, {str(CONTEXT)!r})
-import serve
-signal.pthread_sigmask(signal.SIG_BLOCK, serve.END_SIGNALS)
+import ending, serve
+ending.block_end_signals()
 serve.IDLE_SECONDS, serve.KILL_SECONDS = map(int, sys.argv[1:])
 serve.app.WAIT_SECONDS = 20
 serve.main()

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+import checks
 import serve
 
 
@@ -39,7 +40,7 @@ def place(app, monkeypatch):
             only.setattr(app, "_redis_client", None)
             for name, value in settings.items():
                 only.setenv(name, value)
-            return serve.check_redis()
+            return checks.check_redis()
 
     return run
 
@@ -128,7 +129,7 @@ def test_a_host_that_cannot_be_stops_the_start_and_is_not_shown(refusal, host):
         ("redis://:s3cret@redis:6379:1", "its port cannot be read"),
         ("redis://redis:99999", "its port cannot be read"),
         ("redis://[::1", "its port cannot be read"),
-        ("redis://redis?db=s3cret", "redis-py does not take the value of an option"),
+        ("redis://redis?db=s3cret", "redis-py cannot read it, or not the value of an option"),
         ("redis://redis:0", "its port is not from 1 to 65535"),
         ("redis://:s3cret#1@host", "it has a #, which must be written %23"),
         ("redis://:12#s3cret@host", "it has a #, which must be written %23"),

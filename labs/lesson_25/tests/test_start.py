@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+import ending
 import serve
 from harness.clients import Visitors, counted, eventually, get, serving
 from harness.engine import CONTEXT, free_port
@@ -239,11 +240,12 @@ def test_a_signal_ends_it_with_status_0(start, send, number):
 # Serves with an event whose lock the main thread holds at the moment of the signal: granian's own
 # handler, run in that thread, would wait for that lock for ever.
 SIGNALLED_WITH_THE_LOCK = f"""
-import os, signal, sys, threading, time
+import multiprocessing, os, signal, sys, threading, time
 sys.path.insert(0, {str(CONTEXT)!r})
-import serve
+import ending, serve
 
-signal.pthread_sigmask(signal.SIG_BLOCK, serve.END_SIGNALS)
+multiprocessing.set_start_method(sys.argv[1])
+ending.block_end_signals()
 
 class Event(threading.Event):
     def wait(self, timeout=None):
@@ -263,9 +265,10 @@ serve.main()
 """
 
 
-def test_a_signal_is_acted_on_also_while_the_server_holds_the_lock_of_its_event():
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_signal_is_acted_on_also_while_the_server_holds_the_lock_of_its_event(start_method):
     process = subprocess.Popen(
-        [sys.executable, "-c", SIGNALLED_WITH_THE_LOCK],
+        [sys.executable, "-c", SIGNALLED_WITH_THE_LOCK, start_method],
         env={**os.environ, "PORT": str(free_port())},
     )
     try:
@@ -372,7 +375,8 @@ def test_an_answer_given_while_it_ends_closes_its_connection_and_keeps_a_copiers
     hooks = {None: [add_a_header]}
     monkeypatch.setattr(app.app, "after_request_funcs", hooks)
     monkeypatch.setattr(app.app, "_got_first_request", False)
-    monkeypatch.setattr(serve.signal, "pthread_sigmask", lambda *_: None)
+    monkeypatch.setattr(ending, "block_end_signals", lambda: None)
+    monkeypatch.setattr(ending, "is_ending", threading.Event())
     inherited = signal.getsignal(signal.SIGTERM)
     ended = threading.Event()
     with contextlib.ExitStack() as cleanup:
