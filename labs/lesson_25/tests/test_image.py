@@ -251,6 +251,17 @@ def test_the_history_shows_what_came_from_the_builder(image):
     )
 
 
+def test_the_app_is_in_a_folder_of_its_own(image):
+    """The app is in /app, and a container of it starts there."""
+    folder = inspect(image, "image")["Config"]["WorkingDir"] or "/"
+    assert folder == "/app", (
+        f"a container of it starts in {folder} instead of /app: "
+        "what one stage sets does not hold in the next"
+    )
+    has_app = run_python(image, "import os; print(os.path.isfile('/app/app.py'))").strip()
+    assert has_app == "True", "there is no app.py in /app: was it copied before the folder was set?"
+
+
 def test_names_the_python_version_in_from_alone(image, builder):
     """No step names the Python version of its base again, so a newer base needs one change."""
     for one in (image, builder):
@@ -492,10 +503,16 @@ def test_stops_with_status_0_also_while_it_is_still_starting(image):
             assert status == "0", f"{when}, it ended with status {status}"
 
 
+def health_check(image):
+    """Return the image's health check, as the engine has it."""
+    check = inspect(image, "image")["Config"].get("Healthcheck") or {}
+    assert check.get("Test", ["NONE"]) != ["NONE"], "the image has no health check"
+    return check
+
+
 def health_seconds(image, name, default):
     """Return a duration of the image's health check, as the engine takes it where none is set."""
-    check = inspect(image, "image")["Config"].get("Healthcheck")
-    assert check, "the image has no health check"
+    check = health_check(image)
     return check.get(name, 0) / 1_000_000_000 or default
 
 
@@ -534,50 +551,76 @@ def test_the_health_check_follows_host_and_port(image):
         for settings, made in started.items():
             program = f"import socket; socket.create_connection({places[settings]})"
             eventually(lambda made=made, program=program: listens(made, program), 50, every=0.5)
-            result = check_health(made)
-            said = (result.stdout + result.stderr).strip().rpartition("\n")[2]
-            assert result.returncode == 0, f"with {settings} it fails where the app answers: {said}"
+            result = run_health_check(image, made)
+            assert result.returncode == 0, (
+                f"with {settings} it fails where the app answers: {last_words(result)}"
+            )
 
 
 def listens(made, program):
     return made.run("python", "-c", program, check=False).returncode == 0
 
 
-def check_health(made, timeout=60):
-    """Run the image's own health check in a container and return its CompletedProcess.
+def run_health_check(image, made, timeout=60):
+    """Run the image's own health check in a container of it and return its CompletedProcess.
 
     Raises subprocess.TimeoutExpired after so many seconds.
     """
-    test = made.inspect()["Config"].get("Healthcheck", {}).get("Test")
-    assert test, "the image has no health check"
-    kind, *command = test
+    kind, *command = health_check(image)["Test"]
     if kind == "CMD-SHELL":
+        assert not command[0].startswith('["'), (
+            "its command looks like a list and is none, so Docker takes it for a shell command: "
+            "a double quote within one of its strings ends that string"
+        )
         command = ["/bin/sh", "-c", *command]
     return made.run(*command, check=False, timeout=timeout)
 
 
+def last_words(result):
+    """Return the last line that a command has printed, or that there is none."""
+    return (result.stdout + result.stderr).strip().rpartition("\n")[2] or "it printed nothing"
+
+
+# Answers /health with one status, or never where that is 0, and all else with another.
+SERVE_HEALTH = """
+import http.server, sys, time
+status = int(sys.argv[1])
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path != "/health":
+            self.send_response(500 if status == 200 else 200)
+        elif status:
+            self.send_response(status)
+        else:
+            time.sleep(99)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", 8080), Answer).serve_forever()
+"""
+
+
 @pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(["-m", "http.server"], id="with a 404"),
-        pytest.param(
-            ["-c", "import socket, time; s = socket.create_server(('', 8000)); time.sleep(99)"],
-            id="with nothing",
-        ),
-    ],
+    "status", [pytest.param(status, id=f"with {status or 'nothing'}") for status in (200, 404, 0)]
 )
-def test_the_health_check_fails_when_health_does(image, program):
-    """The health check fails where /health answers no 200, or nothing at all."""
-    options = ["--env=HOST=127.0.0.1", "--env=PORT=8000", "--init", "--entrypoint=python"]
-    with container(image, *options, wait=False, command=program) as made:
+def test_the_health_check_tells_whether_health_is_well(image, status):
+    """The health check succeeds where /health answers 200, and fails where it does not."""
+    options = ["--env=HOST=127.0.0.1", "--env=PORT=8080", "--init", "--entrypoint=python"]
+    server = ["-c", SERVE_HEALTH, status]
+    with container(image, *options, wait=False, command=server) as made:
         docker("start", made.name)
-        connect = "import socket; socket.create_connection(('127.0.0.1', 8000))"
+        connect = "import socket; socket.create_connection(('127.0.0.1', 8080))"
         eventually(lambda: listens(made, connect), 50, every=0.5)
         try:
-            status = check_health(made, timeout=10).returncode
+            result = run_health_check(image, made, timeout=10)
         except subprocess.TimeoutExpired:
+            assert status != 200, "it does not end though /health answers 200"
             return  # the engine ends it after --timeout, and calls that a failure
-        assert status != 0, "it is content though /health fails"
+    if status == 200:
+        assert result.returncode == 0, (
+            f"it fails though /health, and nothing else, answers 200: {last_words(result)}"
+        )
+    else:
+        answered = f"answers {status}" if status else "never answers"
+        assert result.returncode != 0, f"it is content though /health {answered}"
 
 
 # A Redis that wants a password, or TLS

@@ -10,6 +10,7 @@ STEPS = {
     "1": [
         "test_starts_and_answers",
         "test_the_builder_builds_alone",
+        "test_the_app_is_in_a_folder_of_its_own",
         "test_the_history_shows_what_came_from_the_builder",
         "test_holds_no_build_tool",
         "test_holds_no_package_cache",
@@ -46,7 +47,7 @@ STEPS = {
         "test_its_health_is_known_soon_after_the_start",
         "test_its_health_is_asked_often_enough_and_not_for_ever",
         "test_the_health_check_follows_host_and_port",
-        "test_the_health_check_fails_when_health_does",
+        "test_the_health_check_tells_whether_health_is_well",
         "test_runs_read_only_without_capabilities_and_as_any_user",
     ],
     "6": [
