@@ -27,6 +27,30 @@ BACK = "Redis is back, hits are counted again"
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 
 
+def changed_by(statement):
+    """Return a command that starts the service after a statement has changed it.
+
+    Where Python does not fork, the change reaches no worker.
+    """
+    program = f"""
+import sys
+sys.path.insert(0, {str(CONTEXT)!r})
+import ending
+ending.block_end_signals()
+import app, serve, watch
+{statement}
+serve.main()
+"""
+    return [sys.executable, "-c", program]
+
+
+# Its watch asks and tells more often than by its own times, so that a test need not wait for those.
+# And it waits longer for an answer: on a busy machine, a stand-in for Redis may be slow.
+WITH_A_QUICK_WATCH = changed_by(
+    "watch.PAUSE_SECONDS, watch.QUIET_SECONDS, app.WAIT_SECONDS = 0.05, 0.3, 20"
+)
+
+
 class Service:
     """The running service: its `process`, its `port`, and its `log`."""
 
@@ -50,10 +74,10 @@ class Service:
 
     def ends_with(self, status, seconds=10):
         """Fail unless the service ends by itself, with this exit status."""
-        try:
-            ended = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"the service has not ended after {seconds} s; its log:\n{self.log}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        ended = self.process.returncode
+        assert ended is not None, f"the service goes on after {seconds} s; its log:\n{self.log}"
         assert ended == status, f"exit status {ended}, not {status}; its log:\n{self.log}"
 
 
@@ -138,18 +162,29 @@ def test_two_hundred_requests_from_many_threads_get_different_numbers(start):
 
 
 def test_eight_first_hits_at_once_tell_one_outage_once(start):
-    service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(free_port()), WEB_CONCURRENCY="1")
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: get(service.port), range(8)))
-    assert {answer.json["hit_count"] for answer in answers} == {None}
-    eventually(lambda: service.lines(FAILED), broken="the log does not tell that Redis failed")
-    time.sleep(1)  # for the lines that must not come
+    eight_ask, is_over = threading.Barrier(8, timeout=10), threading.Event()
+
+    def hang_up_on_the_first_eight():
+        if is_over.is_set():
+            return b":7\r\n"
+        eight_ask.wait()
+        is_over.set()
+        return None
+
+    with peer(counting_by(hang_up_on_the_first_eight)) as redis_port:
+        settings = {"REDIS_PORT": str(redis_port), "WEB_CONCURRENCY": "1"}
+        service = start(WITH_A_QUICK_WATCH, REDIS_HOST="127.0.0.1", **settings)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: get(service.port), range(8)))
+        assert not eight_ask.broken, "a worker does not ask Redis for eight hits at once"
+        assert {answer.json["hit_count"] for answer in answers} == {None}
+        eventually(lambda: service.lines(BACK), broken="the log does not tell that Redis is back")
     assert len(service.lines(FAILED)) == 1, f"one outage is told several times:\n{service.log}"
 
 
 def test_each_worker_says_once_that_redis_went_and_once_that_hits_count_again(start):
     redis_port = free_port()
-    service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
+    service = start(WITH_A_QUICK_WATCH, REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
     eventually(
         lambda: len(service.lines(FAILED)) == 2, broken="not every worker tells that Redis failed"
     )
@@ -163,14 +198,16 @@ def test_each_worker_says_once_that_redis_went_and_once_that_hits_count_again(st
 
 
 def test_says_that_redis_is_away_though_nobody_asks(start):
-    service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(free_port()), WEB_CONCURRENCY="1")
-    line = eventually(lambda: service.lines(FAILED))[0]
-    assert "Connection refused" in line
+    service = start(WITH_A_QUICK_WATCH, REDIS_HOST="127.0.0.1", REDIS_PORT=str(free_port()))
+    line = eventually(
+        lambda: service.lines(FAILED), broken="the log does not tell that Redis is away"
+    )[0]
+    assert "Connection refused" in line, f"the log does not say why Redis is away: {line}"
 
 
 def test_a_redis_that_hangs_up_in_the_middle_makes_no_error(start):
     with peer(lambda said: None) as redis_port:
-        service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
+        service = start(WITH_A_QUICK_WATCH, REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
         with Visitors(service.port, count=8) as visitors:
             eventually(lambda: service.lines(FAILED))
         visitors.numbers()
@@ -181,15 +218,14 @@ def test_a_redis_that_hangs_up_in_the_middle_makes_no_error(start):
 
 @needs_proc
 def test_a_killed_worker_is_replaced_and_the_uptime_goes_on(start):
-    service = start(WEB_CONCURRENCY="1")
+    service = start(changed_by("app.start_time -= 100"), WEB_CONCURRENCY="1")
     (first,) = service.workers()
-    time.sleep(1.1)  # an uptime that began anew would be 0
     os.kill(first, signal.SIGKILL)
     eventually(
         lambda: service.workers() not in ([], [first]), broken="a worker that died is not replaced"
     )
     uptime = eventually(lambda: get(service.port, "/health")).json["uptime_seconds"]
-    assert uptime >= 1, f"the uptime begins anew with a new worker: {uptime} s"
+    assert uptime >= 100, f"the uptime begins anew with a new worker: {uptime} s"
 
 
 @needs_proc
@@ -301,53 +337,55 @@ def test_a_signal_to_all_its_processes_ends_it_at_once_also_on_a_busy_machine(st
             process.wait()
 
 
-# The start, but for the limit after which a worker that has not heard its end is killed: with it,
-# such a worker could not be told from a slow machine.
-NEVER_KILL = f"""
-import signal, sys
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-sys.path.insert(0, {str(CONTEXT)!r})
-import serve
-serve.KILL_SECONDS = 3600
-serve.main()
-"""
+# Without the limit after which a worker that has not heard its end is killed. With the limit, such
+# a worker could not be told from a slow machine.
+NEVER_KILLING = changed_by("serve.KILL_SECONDS = 3600")
 
 
 def test_a_signal_while_it_is_still_starting_ends_it():
-    """At every moment: before the first line has run, the signal's own action ends it."""
+    """At every moment: before the first line has run, the signal's own action ends it.
 
-    def status(hundredths):
-        command = [sys.executable, "-c", NEVER_KILL]
-        process = subprocess.Popen(command, env={**os.environ, "PORT": str(free_port())})
+    All start side by side, and so slowly that the moments are spread over the whole start.
+    """
+    moments = [tenths / 10 + 0.05 for tenths in range(10)]
+
+    def status(seconds):
+        process = subprocess.Popen(NEVER_KILLING, env={**os.environ, "PORT": str(free_port())})
         try:
-            time.sleep(hundredths / 100)
+            time.sleep(seconds)
             process.terminate()
             return process.wait(30)
         except subprocess.TimeoutExpired:
-            return f"did not end, signalled {hundredths / 100} s after its start"
+            return f"did not end, signalled {seconds} s after its start"
         finally:
             process.kill()
             process.wait()
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        statuses = set(pool.map(status, range(5, 100, 5)))
+    with concurrent.futures.ThreadPoolExecutor(len(moments)) as pool:
+        statuses = set(pool.map(status, moments))
     assert statuses <= {0, -signal.SIGTERM}, f"a signal was lost: {statuses}"
 
 
-@pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "nohup"])
-def test_a_closed_terminal_ends_it_unless_nohup_started_it(start, inherited):
-    before = signal.signal(signal.SIGHUP, inherited)
+@contextlib.contextmanager
+def inheriting(handler):
+    """Let what is started in a `with` block inherit this handler of SIGHUP."""
+    before = signal.signal(signal.SIGHUP, handler)
     try:
-        service = start()
+        yield
     finally:
         signal.signal(signal.SIGHUP, before)
-    signal_group(service, signal.SIGHUP)
-    if inherited == signal.SIG_DFL:
-        service.ends_with(0)
-    else:
-        time.sleep(0.5)
-        assert service.process.poll() is None, "nohup did not keep it alive"
-        assert get(service.port).status == 200
+
+
+def test_a_closed_terminal_ends_it_unless_nohup_started_it(start):
+    with inheriting(signal.SIG_IGN):  # as nohup sets it
+        kept = start()
+    signal_group(kept, signal.SIGHUP)
+    with inheriting(signal.SIG_DFL):
+        other = start()
+    signal_group(other, signal.SIGHUP)
+    other.ends_with(0)
+    assert kept.process.poll() is None, "nohup did not keep it alive"
+    assert get(kept.port).status == 200
 
 
 def test_a_request_in_flight_is_answered_before_the_end(start):
