@@ -24,6 +24,7 @@ STEPS = {
         "test_starts_and_answers",
         "test_a_change_of_the_app_makes_one_small_new_layer",
         "test_a_build_refuses_a_package",
+        "test_the_app_is_in_a_folder_of_its_own",
         "test_holds_no_file_of_the_build",
         "test_stays_below_its_limit_over_the_base",
     ],
@@ -158,7 +159,9 @@ def reason(excinfo, whole=False):
     if whole:
         return text
     if text.startswith("docker "):  # a command that no test expected to fail
-        return f"{text.splitlines()[0][:60]} … failed: {text.strip().splitlines()[-1]}"
+        command, *said = text.strip().splitlines()
+        errors = [line for line in said if line.startswith("Error response from daemon")]
+        return f"{command[:60]} … failed: {(errors or said or ['in silence'])[-1]}"
     lines = []
     for line in text.splitlines():
         if line.startswith("assert "):
