@@ -19,15 +19,15 @@ try:
 except ImportError:  # the service runs without the package, but cannot count
     redis = None
 
-# The limit on each wait for Redis. The most that one request may wait:
+# The limit on each wait for Redis. How long one request may wait, at worst:
 #
-#   on an open connection   0.5 s: for the answer
-#   on a new connection     3.5 s, which are
-#                             1 s for the look-up of the name of Redis (serve.py sets this limit)
-#                             5 times 0.5 s: the connection, TLS, AUTH, SELECT, the answer
+#   0.5 s   on an open connection: for the answer
+#   3.5 s   on a new connection: 1 s for the look-up of the name (serve.py sets this limit), and
+#           0.5 s each for the connection, TLS, AUTH, SELECT and the answer
 #
-# Each further name server adds 1 s if the one before it does not answer. Each further address of
-# the name adds 0.5 s if the one before it does not answer.
+# It is more where several name servers, or several addresses of the name, are tried in turn. In
+# production a request may also have to wait for a free thread of its worker (see THREADS in
+# serve.py).
 WAIT_SECONDS = 0.5
 
 HITS_KEY = "lab25_hits"
@@ -87,7 +87,7 @@ def redis_is_configured():
 # --- The Redis client
 
 _redis_client = None  # made when it is first needed
-_passwords = set()  # those that clients were made with: failure_of, below, hides them
+_passwords = set()  # of all clients: failure_of, below, hides them in error messages
 
 
 def get_redis_client():
@@ -100,8 +100,8 @@ def get_redis_client():
     if redis is None:
         return None
     if _redis_client is None:
-        # Two threads may both come here, and make a client each. Both clients work, and the later
-        # one is kept.
+        # Without serve.py, two threads may both come here and make a client each. Both clients
+        # work, and the later one is kept.
         _redis_client = make_redis_client()
     return _redis_client
 
@@ -129,7 +129,7 @@ def client_for_url(url):
     """Return a client for the Redis at this address. Raises ValueError.
 
     An option in the address wins over ours: `?socket_timeout=60` would make a request wait for a
-    minute. So the checks at the start (checks.py) refuse an address with such an option.
+    minute. In production checks.py refuses an address with such an option.
     """
     options = client_options()
     try:
@@ -159,8 +159,9 @@ def client_options():
         "password": password,
         "socket_connect_timeout": WAIT_SECONDS,
         "socket_timeout": WAIT_SECONDS,
-        # No retries: an INCR without an answer may have counted, and would count twice. After such
-        # an INCR redis-py closes the connection, so no later hit can read the late answer.
+        # No retries: an INCR without an answer may have counted, and sent again it would count
+        # twice. After such an INCR redis-py closes the connection, so that no later hit can read
+        # the late answer.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         # With these two a new connection sends no HELLO and no CLIENT SETINFO, which would be
         # two more waits.
@@ -169,10 +170,10 @@ def client_options():
     }
 
 
-# --- Questions to Redis. A question is a function of a client. If it raises an exception, then
-# --- ask_redis, below, takes it that Redis cannot count. So a question about another key than
-# --- HITS_KEY has to catch errors that only concern that key: a value of the wrong type, for
-# --- example, for which Redis answers WRONGTYPE and redis-py raises redis.ResponseError.
+# --- Questions to Redis. A question is a function of a client. If it raises an exception, Redis
+# --- counts as away: in production this begins an outage, and no request asks Redis until hits can
+# --- be counted again. So a question about another key must catch what only concerns that key. For
+# --- a value of the wrong type, for example, redis-py raises redis.ResponseError (WRONGTYPE).
 
 
 def count_hit(client):
@@ -211,9 +212,8 @@ class Failure(NamedTuple):
     reason: str
 
 
-# The circuit breaker of watch.py. serve.py sets it in each worker process. While its `outage` is a
-# Failure, no request asks Redis. While that is None, or where there is no breaker, every request
-# asks.
+# The circuit breaker: an object of watch.py, which serve.py sets in each worker process. Its
+# `outage` is a Failure, or None while all is well. Without a breaker every request asks Redis.
 breaker = None
 
 
@@ -235,28 +235,33 @@ def ask_redis(question):
 
 
 def ask_redis_now(question):
-    """Ask Redis a question, in an outage too. Returns what ask_redis returns. Never raises."""
+    """Ask Redis a question, whether there is an outage or not. Returns what ask_redis returns."""
     try:
         client = get_redis_client()
     except ValueError as error:
         return None, Failure("ValueError", str(error))
-    if client is None and redis is None and redis_is_configured():
-        return None, Failure("ImportError", "the Python package redis is not installed")
     if client is None:
-        return None, None
+        return None, failure_of_missing_package()
     try:
         return question(client), None
     except Exception as error:  # not only RedisError: a server that is no Redis causes others
         return None, failure_of(error)
 
 
+def failure_of_missing_package():
+    """Return a Failure if Redis is configured and its package is missing, else None."""
+    if redis is None and redis_is_configured():
+        return Failure("ImportError", "the Python package redis is not installed")
+    return None
+
+
 def failure_of(error):
     """Return an exception as a Failure: in one short line, without a password."""
     kind = type(error).__name__
     text = str(error)
-    # A server that does not know the command AUTH repeats its arguments: "unknown command 'AUTH',
-    # with args beginning with: 'the-pass". Of a long password this is only a part, which the loop
-    # below would not find. So it is cut off.
+    # A server that does not know the command AUTH answers: "unknown command 'AUTH', with args
+    # beginning with: " and then the password, or only its beginning, which the loop below would
+    # not find. So this end of the text is cut off.
     text = text.partition(", with args beginning with")[0]
     for password in list(_passwords):  # a copy, because another thread may add one
         text = text.replace(password, "***")
@@ -272,8 +277,8 @@ def failure_of(error):
 # --- process counts for itself: prometheus_client adds them up in its "multiprocess mode".
 
 app = Flask(__name__, static_folder=None)
-# When the service started. serve.py gives the parent's time to every worker, so that all of them,
-# also one that replaces another, tell the same.
+# When the service started. serve.py hands the time of its own start to every worker, also to one
+# that is started later.
 start_time = time.monotonic()
 
 

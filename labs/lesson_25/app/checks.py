@@ -19,14 +19,8 @@ from app import MAX_DB, bad_url, setting
 def check_redis():
     """Return where Redis is, in words for the log.
 
-    Raises ValueError where a setting cannot be used. What stops the start:
-
-    - both of two settings that mean the same, always;
-    - where Redis is configured, and the package redis is installed: a bad REDIS_URL, or a bad
-      REDIS_HOST, REDIS_PORT or REDIS_DB, or a password file without a password.
-
-    Beside REDIS_URL, and without REDIS_HOST, nobody reads REDIS_PORT and REDIS_DB: Kubernetes sets
-    a REDIS_PORT of its own.
+    Raises ValueError where a setting of Redis cannot be used. REDIS_PORT and REDIS_DB are read with
+    REDIS_HOST alone: Kubernetes sets a REDIS_PORT of its own.
     """
     refuse_both("REDIS_HOST", "REDIS_URL")
     refuse_both("REDIS_PASSWORD", "REDIS_PASSWORD_FILE")
@@ -41,13 +35,23 @@ def check_redis():
     else:
         check_redis_host(setting("REDIS_HOST"))
 
-    # To make the client is a check, too: of REDIS_PORT, REDIS_DB and the password file.
-    connection = new_connection(app.get_redis_client())
+    # This call also makes the client that the service will use. It reads, and so checks,
+    # REDIS_PORT, REDIS_DB and the password file.
+    client = app.get_redis_client()
+    connection = new_connection(client)
+    check_database(connection.db)
     if isinstance(connection, app.redis.SSLConnection):
         check_tls_files(connection)
     if isinstance(connection, app.redis.UnixDomainSocketConnection):
         return connection.path
-    return f"{connection.host}:{connection.port}/{connection.db}"
+    return f"{host_and_port(connection.host, connection.port)}/{connection.db}"
+
+
+def host_and_port(host, port):
+    """Return HOST:PORT as an address has it: an IPv6 host stands in brackets."""
+    if ":" in host:
+        return f"[{host}]:{port}"
+    return f"{host}:{port}"
 
 
 def refuse_both(one, other):
@@ -107,8 +111,7 @@ def check_redis_url(url):
         parts = urllib.parse.urlsplit(url)
         port = parts.port  # raises ValueError where it is no number, or above 65535
     except ValueError:
-        # Most often the password is to blame: urlsplit takes what follows its / for the path, and
-        # what is before that for the port.
+        # Most often a password is to blame: in redis://:my/password@host, "my" looks like the port.
         raise bad_url(
             "its port cannot be read"
             " (in a password, write / as %2F, ? as %3F, @ as %40, [ as %5B and ] as %5D)"
@@ -119,6 +122,8 @@ def check_redis_url(url):
         check_place(parts.hostname, port, parts.path)
     options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
     check_options(options, parts.scheme)
+    if "db" in options and parts.scheme != "unix" and parts.path.strip("/"):
+        raise bad_url("it names a database twice")
     has_password = parts.password or "password" in options
     if has_password and (setting("REDIS_PASSWORD") or setting("REDIS_PASSWORD_FILE")):
         raise bad_url("it has a password, and another one is set: unset one of them")
@@ -159,17 +164,19 @@ def check_options(options, scheme):
 def new_connection(client):
     """Return a new connection of this client. It is not open yet, but knows its address.
 
-    Raises ValueError where redis-py does not take it. That can only be the fault of REDIS_URL: the
-    other settings have been checked.
+    Raises ValueError where redis-py does not take an option. Only REDIS_URL can have a wrong one.
     """
     pool = client.connection_pool
     try:
-        connection = pool.connection_class(**pool.connection_kwargs)
+        return pool.connection_class(**pool.connection_kwargs)
     except Exception:  # redis-py raises several kinds of errors, and some of them show the value
         raise bad_url("redis-py does not take the value of an option") from None
-    if not 0 <= connection.db <= MAX_DB:
+
+
+def check_database(db):
+    """Raise ValueError where Redis cannot have a database of this number."""
+    if not 0 <= db <= MAX_DB:  # that of REDIS_DB has been checked already
         raise bad_url(f"its database is not from 0 to {MAX_DB}")
-    return connection
 
 
 def check_tls_files(connection):
@@ -177,8 +184,8 @@ def check_tls_files(connection):
     try:
         context = ssl.create_default_context(cafile=connection.ca_certs)
         if connection.certfile or connection.keyfile:
-            # An encrypted key needs a password, which nobody can set. Without the "" here, OpenSSL
-            # would ask for it at the terminal. With it, the key is refused.
+            # There is no setting for the password of an encrypted key. With "" such a key is
+            # refused. With None, the default, OpenSSL would ask for its password at the terminal.
             context.load_cert_chain(connection.certfile, connection.keyfile, password="")
     except (OSError, TypeError):  # TypeError: a key without a certificate
         raise bad_url(

@@ -4,20 +4,21 @@ The service is a parent process and its workers. From the parent a pipe leads to
 Nothing is ever sent through it: when the parent closes it, the workers end. The steps:
 
 1. An end signal arrives: at the parent alone (docker stop), at all processes at once (Ctrl-C), or
-   at one after the other (systemd). All of them block it. Only a thread of the parent takes it.
-2. This thread wakes granian's main loop, which calls Server.shutdown (serve.py). That closes the
-   pipe.
-3. A thread of each worker sees that the pipe is closed. From now on every answer of this worker
-   also closes its connection.
-4. The same thread calls granian's function that ends a worker. granian finishes the requests that
-   the worker has begun. Then the worker ends.
-5. The parent waits for its workers, kills those that are too slow, and ends with status 0.
+   at one after the other (systemd). All of them block it, so that by itself it does nothing.
+2. A thread of the parent takes it (call_at_end_signal). It wakes granian's main loop, which calls
+   Server.shutdown (serve.py). That closes the pipe.
+3. A thread of each worker sees that the pipe is closed (end_with_parent). From now on every answer
+   also closes its connection (close_connection_if_ending).
+4. The same thread has granian end the worker (end_worker): granian finishes the requests that the
+   worker has begun, and the worker ends.
+5. In the parent granian waits for the workers, and kills those that are too slow. Then the parent
+   ends with status 0.
 
 If the parent is killed, the system closes the pipe: steps 3 and 4 follow.
 
-Why not as granian 2.8.7 does it? There, every process acts on the signal by itself. A worker that
-ends before the parent has heard its own signal counts as crashed, and the status is 1. And its
-handlers for signals can hang for ever: see call_at_end_signal.
+This replaces what granian 2.8.7 does by itself. There, every process acts on the signal on its own.
+If a worker ends before the parent has heard the signal, the parent takes it for crashed, and ends
+with status 1. And granian's handlers for signals can hang for ever: see call_at_end_signal.
 """
 
 import os
@@ -49,16 +50,20 @@ def start_thread(function):
 
 
 def call_at_end_signal(function):
-    """Steps 1 and 2: call this function when an end signal arrives, in a thread of its own.
+    """Step 2: call this function when an end signal arrives, in a thread of its own.
 
-    Why not in a handler for the signal, as granian does? Python runs a handler in the main thread,
-    between two lines of what that is doing. granian's handler sets an event, and needs the event's
-    lock for it. The main thread may hold this lock itself just then: it waits for the same event.
-    Then it waits for itself for ever. Another thread only waits until the lock is free.
+    A handler for the signal, as granian has one, can hang for ever:
+
+    - granian's main thread waits for an event. For short moments it then holds the event's lock.
+    - If the signal arrives in such a moment, Python runs the handler in the main thread, too.
+    - The handler sets the event, and needs the lock for that. So the main thread waits for itself.
+
+    Another thread that sets the event only waits until the main thread has released the lock.
     """
     signals_to_take = set(END_SIGNALS)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup has started this process
-        signals_to_take.remove(signal.SIGHUP)  # it stays blocked, and nobody takes it
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # nohup has started this process. SIGHUP stays blocked, and nobody takes it: it is ignored.
+        signals_to_take.remove(signal.SIGHUP)
 
     def wait_for_end_signal():
         signal.sigwait(signals_to_take)
@@ -71,28 +76,34 @@ def call_at_end_signal(function):
 
 
 def end_with_parent(pipe_reader, pipe_writer):
-    """Have this worker do steps 3 and 4 when its parent closes the pipe, or is killed."""
+    """Have this worker end, by steps 3 and 4, when its parent closes the pipe or is killed."""
     block_end_signals()  # a forked worker blocks them already; macOS and Python 3.14 do not fork
-    # A worker gets both ends of the pipe. While any process has the writer open, the pipe counts
-    # as open.
+    # Every worker gets both ends of the pipe. It only closes when no process has the writer open
+    # any more: so each worker closes its own, and the parent keeps the last one.
     pipe_writer.close()
-
-    # Step 4 calls the worker's handler for SIGTERM, as a function. The signal itself is blocked
-    # and never runs it. While the worker is still starting, it has no requests, and the handler is
-    # end_at_once. When granian begins to serve, it replaces this handler with its own.
+    # While the worker starts, it has no requests. When granian begins to serve, it replaces this
+    # handler with one that finishes the requests.
     signal.signal(signal.SIGTERM, end_at_once)
 
     def wait_for_parent():
         pipe_reader.poll(None)  # returns when the pipe is closed
-        is_ending.set()  # step 3
-        end_worker = signal.getsignal(signal.SIGTERM)
-        end_worker(signal.SIGTERM, None)  # step 4
+        is_ending.set()
+        end_worker()
 
     start_thread(wait_for_parent)
 
 
+def end_worker():
+    """Step 4: call this worker's handler for SIGTERM, as if the signal had come.
+
+    The signal itself is blocked, so nothing else calls the handler.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    handler(signal.SIGTERM, None)
+
+
 def end_at_once(signal_number, frame):
-    """End this worker now. The arguments are those of any handler for a signal."""
+    """A handler for SIGTERM that ends the process."""
     os._exit(0)
 
 

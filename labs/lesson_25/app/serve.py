@@ -26,7 +26,7 @@ from granian.http import HTTP1Settings
 
 import app
 from app import setting, whole_number
-from checks import check_address, check_redis
+from checks import check_address, check_redis, host_and_port
 from watch import CircuitBreaker
 
 # With 16 workers the service stays within the limits on processes and memory that the Compose
@@ -79,7 +79,7 @@ def main():
         interface="wsgi",
         http="1",
         http1_settings=HTTP1Settings(
-            header_read_timeout=IDLE_SECONDS * 1000,  # ms, also for the wait for the next request
+            header_read_timeout=IDLE_SECONDS * 1000,  # ms, for the next request and its headers
             max_buffer_size=65_536,  # bytes, for the headers of a request
         ),
         backpressure=MAX_CONNECTIONS,
@@ -87,18 +87,16 @@ def main():
         blocking_threads=THREADS,
         respawn_failed_workers=True,
         workers_kill_timeout=KILL_SECONDS,
-        log_level="error",  # of granian's own messages
+        log_level="error",  # for granian's own messages; the app's have the level INFO, above
         log_dictconfig=LOGGING,
         log_access=access_log == 1,
         log_access_format="%(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     )
-    # From here on there is a log: granian has set it up.
-    shown_host = f"[{host}]" if ":" in host else host
+    # The server has just set up the log.
     app.app.logger.info(
-        "lab25-web %s on http://%s:%s, workers: %s, Redis: %s",
+        "lab25-web %s on http://%s, workers: %s, Redis: %s",
         setting("BUILD_VERSION", "dev"),
-        shown_host,
-        port,
+        host_and_port(host, port),
         workers,
         where_redis_is,
     )
@@ -138,12 +136,12 @@ class Server(Granian):
     def run(self):
         """Serve until an end signal. Exits with status 1 if workers crash again and again."""
         if multiprocessing.get_start_method() != "fork":
-            # Python then starts a process that cleans up after the others. Doing so, it unblocks
-            # SIGINT and SIGTERM here (seen in Python 3.12). So it is started now.
+            # With the first worker, Python would start a process that cleans up after the others,
+            # and would unblock SIGINT and SIGTERM in this one. So it is started here already.
             multiprocessing.resource_tracker.ensure_running()
             ending.block_end_signals()
-        # Steps 1 and 2 of the end. This function only sets a flag and wakes the main loop. If a
-        # signal has come already, the loop finds the flag set when it begins.
+        # Step 2 of the end. The function sets a flag, and wakes granian's main loop. If an
+        # end signal has come already, that loop finds the flag when it begins.
         ending.call_at_end_signal(self.signal_handler_interrupt)
         # granian calls this function in every new worker, and serves the app that it returns.
         load = partial(load_app, app.start_time, self.pipe_reader, self.pipe_writer)
@@ -152,7 +150,7 @@ class Server(Granian):
     def shutdown(self, exit_code=0):
         """Have the workers end, and wait for them. granian's main loop calls it."""
         for worker in self.wrks:
-            worker.interrupt_by_parent = True  # it will not have crashed
+            worker.interrupt_by_parent = True  # or granian takes its end for a crash
         self.pipe_writer.close()  # step 2
         # Step 5. granian also sends the workers a SIGTERM, which they block.
         super().shutdown(exit_code)
@@ -163,7 +161,7 @@ def load_app(start_time, pipe_reader, pipe_writer):
     ending.end_with_parent(pipe_reader, pipe_writer)
     app.app.after_request(ending.close_connection_if_ending)
     app.start_time = start_time  # the parent's
-    if app.get_redis_client():
+    if app.get_redis_client():  # where Redis is configured; not connected yet
         app.breaker = CircuitBreaker()
         app.breaker.start_watch()
     return app.app

@@ -11,11 +11,9 @@ import time
 import app
 
 # The time between two questions of the watch. The README promises that hits are counted again
-# within 2 s after Redis is back. At worst they are spent like this:
-#
-#   0.5 s   on a question that was asked just before Redis was back, and is not answered
-#   0.5 s   on this pause
-#   1.0 s   is left for the next question, on a new connection. On most networks it takes a few ms.
+# within 2 s after Redis is back. A question that was asked just before may wait 0.5 s in vain, and
+# this pause follows. 1 s is left for the next question. It takes a few milliseconds where the
+# network and the name server are as quick as usual, though app.py would let it take longer.
 PAUSE_SECONDS = 0.5
 
 # A worker writes at most one line in this time, even if Redis fails and answers by turns.
@@ -35,8 +33,8 @@ class CircuitBreaker:
 
     def __init__(self):
         self.outage = None
-        # Whoever changes self.outage holds this lock: _end_outage must compare and change it in one
-        # step. Nobody holds it while asking Redis or writing to the log.
+        # Whoever changes self.outage holds this lock, because _end_outage has to compare and change
+        # it in one step. Nobody holds it while asking Redis or writing to the log.
         self._lock = threading.Lock()
         self._request_has_failed = threading.Event()
         self._log = OutageLog()
@@ -68,20 +66,19 @@ class CircuitBreaker:
 
     def _watch(self):
         while True:
-            # This comes before the look, so that no failure is overlooked. If a request fails while
-            # the watch looks, it sets this event again. The wait below then ends at once.
-            self._request_has_failed.clear()
             try:
                 self.look()
             except BaseException:  # whatever it was: without the watch an outage never ends
                 app.app.logger.exception("The watch of Redis failed, and goes on")
+            # Pause, but not when a request has failed. The next look sees any failure up to now.
             self._request_has_failed.wait(PAUSE_SECONDS)
+            self._request_has_failed.clear()
 
     def look(self):
         """Tell the log how things are, then ask Redis, and begin or end an outage."""
         outage = self.outage
-        # First the log: the question below may find Redis well again, and end the outage before
-        # anybody has told of it. What the question finds is told at the next look.
+        # First the log: the question below may end the outage, and a failed hit has to be told in
+        # any case. What the question finds out is told at the next look.
         self._log.tell(outage)
         if outage is None:
             self._look_in_good_times()
@@ -106,12 +103,13 @@ class CircuitBreaker:
 def count_nothing(client):
     """The question in an outage: a hit that adds 0. redis-py sends INCRBY for this and for a hit.
 
-    It fails when hits fail, also where a PING would be answered: on a replica, without memory,
-    without permission, or while a CLIENT PAUSE holds writes back. In good times a PING is better:
-    Redis writes every INCRBY to the disk.
+    It fails when hits fail. A PING may be answered although hits fail: by a replica, without
+    memory, without permission, or while a CLIENT PAUSE holds writes back. But Redis writes every
+    INCRBY to the disk, so in good times a PING is better.
     """
-    # Redis may have another address now. So the next question must not use an old connection: it
-    # opens a new one, and looks up the name of Redis for it.
+    # Redis may have another address now. With its connections closed, redis-py opens a new one for
+    # the question, and looks up the name of Redis for that. (As long as hits are counted at the
+    # old address, nobody looks for a new one.)
     client.connection_pool.disconnect(inuse_connections=False)
     return app.check_count(client.incrby(app.HITS_KEY, 0))
 
@@ -119,8 +117,8 @@ def count_nothing(client):
 class OutageLog:
     """Writes to the log when an outage has begun, when its kind has changed, and when it is over.
 
-    The watch calls `tell` at every look. For QUIET_SECONDS after a line nothing is written. After
-    that, only how things are then counts: an outage that has come and gone meanwhile is not told.
+    The watch calls `tell` at every look. For QUIET_SECONDS after a line nothing is written. An
+    outage that comes and goes in this time is not told.
     """
 
     def __init__(self):
