@@ -135,7 +135,7 @@ def client_for_url(url):
     try:
         client = redis.Redis.from_url(url, **options)
     except Exception:  # the error's own text is not shown: it may hold a part of the password
-        raise bad_url("redis-py cannot read it, or not the value of an option") from None
+        raise bad_url("it is no address, or an option has a wrong value") from None
     password = client.get_connection_kwargs().get("password")  # it may be in the address
     if password:
         _passwords.add(password)
@@ -172,8 +172,8 @@ def client_options():
 
 # --- Questions to Redis. A question is a function of a client. If it raises an exception, Redis
 # --- counts as away: in production this begins an outage, and no request asks Redis until hits can
-# --- be counted again. So a question about another key must catch what only concerns that key. For
-# --- a value of the wrong type, for example, redis-py raises redis.ResponseError (WRONGTYPE).
+# --- be counted again. A question about another key must therefore catch what does not mean that:
+# --- redis.ResponseError, for example, where the key holds a value of another type.
 
 
 def count_hit(client):
@@ -241,18 +241,13 @@ def ask_redis_now(question):
     except ValueError as error:
         return None, Failure("ValueError", str(error))
     if client is None:
-        return None, failure_of_missing_package()
+        if redis is None and redis_is_configured():
+            return None, Failure("ImportError", "the Python package redis is not installed")
+        return None, None  # Redis is not configured
     try:
         return question(client), None
     except Exception as error:  # not only RedisError: a server that is no Redis causes others
         return None, failure_of(error)
-
-
-def failure_of_missing_package():
-    """Return a Failure if Redis is configured and its package is missing, else None."""
-    if redis is None and redis_is_configured():
-        return Failure("ImportError", "the Python package redis is not installed")
-    return None
 
 
 def failure_of(error):

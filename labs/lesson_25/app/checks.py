@@ -170,7 +170,7 @@ def new_connection(client):
     try:
         return pool.connection_class(**pool.connection_kwargs)
     except Exception:  # redis-py raises several kinds of errors, and some of them show the value
-        raise bad_url("redis-py does not take the value of an option") from None
+        raise bad_url("an option has a wrong value") from None
 
 
 def check_database(db):

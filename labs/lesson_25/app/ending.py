@@ -81,8 +81,9 @@ def end_with_parent(pipe_reader, pipe_writer):
     # Every worker gets both ends of the pipe. It only closes when no process has the writer open
     # any more: so each worker closes its own, and the parent keeps the last one.
     pipe_writer.close()
-    # While the worker starts, it has no requests. When granian begins to serve, it replaces this
-    # handler with one that finishes the requests.
+    # What ends this worker is its handler for SIGTERM. Only end_worker, below, calls it. It is
+    # end_at_once while the worker starts and has no requests. When granian begins to serve, it
+    # replaces it with its own, which finishes the requests.
     signal.signal(signal.SIGTERM, end_at_once)
 
     def wait_for_parent():
@@ -94,10 +95,7 @@ def end_with_parent(pipe_reader, pipe_writer):
 
 
 def end_worker():
-    """Step 4: call this worker's handler for SIGTERM, as if the signal had come.
-
-    The signal itself is blocked, so nothing else calls the handler.
-    """
+    """Step 4: call this worker's handler for SIGTERM, as if that had come. (It is blocked.)"""
     handler = signal.getsignal(signal.SIGTERM)
     handler(signal.SIGTERM, None)
 

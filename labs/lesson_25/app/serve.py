@@ -123,9 +123,9 @@ def allow_open_files(count):
 class Server(Granian):
     """granian, with another way to end. Its steps are described in ending.py.
 
-    This class uses three inner names of granian 2.8.7: `wrks`, `interrupt_by_parent` and
-    `signal_handler_interrupt`. Its `shutdown` replaces another. If a new version changes them, the
-    tests of the end fail (test_start.py).
+    This class uses inner names of granian 2.8.7: `wrks`, `interrupt_by_parent`, `shutdown` and
+    `signal_handler_interrupt`. If a new version changes them, the tests of the end fail
+    (test_start.py).
     """
 
     def __init__(self, **settings):
@@ -136,8 +136,9 @@ class Server(Granian):
     def run(self):
         """Serve until an end signal. Exits with status 1 if workers crash again and again."""
         if multiprocessing.get_start_method() != "fork":
-            # With the first worker, Python would start a process that cleans up after the others,
-            # and would unblock SIGINT and SIGTERM in this one. So it is started here already.
+            # Before the first worker, Python starts another process, its "resource tracker", and
+            # then unblocks SIGINT and SIGTERM in the thread that did it. So it is started here, and
+            # the signals are blocked again.
             multiprocessing.resource_tracker.ensure_running()
             ending.block_end_signals()
         # Step 2 of the end. The function sets a flag, and wakes granian's main loop. If an

@@ -11,9 +11,8 @@ import time
 import app
 
 # The time between two questions of the watch. The README promises that hits are counted again
-# within 2 s after Redis is back. A question that was asked just before may wait 0.5 s in vain, and
-# this pause follows. 1 s is left for the next question. It takes a few milliseconds where the
-# network and the name server are as quick as usual, though app.py would let it take longer.
+# within 2 s after Redis is back. Up to 0.5 s of that may pass with a question that was asked just
+# before, and 0.5 s with this pause.
 PAUSE_SECONDS = 0.5
 
 # A worker writes at most one line in this time, even if Redis fails and answers by turns.
@@ -70,15 +69,16 @@ class CircuitBreaker:
                 self.look()
             except BaseException:  # whatever it was: without the watch an outage never ends
                 app.app.logger.exception("The watch of Redis failed, and goes on")
-            # Pause, but not when a request has failed. The next look sees any failure up to now.
+            # Pause, but not when a request has failed. A request first sets the outage, then this
+            # event: so the next look sees whatever the event has told.
             self._request_has_failed.wait(PAUSE_SECONDS)
             self._request_has_failed.clear()
 
     def look(self):
         """Tell the log how things are, then ask Redis, and begin or end an outage."""
         outage = self.outage
-        # First the log: the question below may end the outage, and a failed hit has to be told in
-        # any case. What the question finds out is told at the next look.
+        # The log comes first, because the question below may end this outage. What the question
+        # finds out is told at the next look.
         self._log.tell(outage)
         if outage is None:
             self._look_in_good_times()
@@ -117,8 +117,8 @@ def count_nothing(client):
 class OutageLog:
     """Writes to the log when an outage has begun, when its kind has changed, and when it is over.
 
-    The watch calls `tell` at every look. For QUIET_SECONDS after a line nothing is written. An
-    outage that comes and goes in this time is not told.
+    The watch calls `tell` at every look. For QUIET_SECONDS after a line nothing is written. So an
+    outage that comes and goes in this time is never told.
     """
 
     def __init__(self):
