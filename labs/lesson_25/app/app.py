@@ -36,7 +36,8 @@ MAX_REASON_CHARACTERS = 200  # some error messages of Redis fill a page
 
 
 # --- Settings: environment variables. An empty one counts as unset. A new setting is read where it
-# --- is used, by one of these functions. If a bad value has to stop the start, serve.py checks it.
+# --- is used, by one of these functions. If a bad value has to stop the start, it is checked there,
+# --- too: main() in serve.py checks the server's settings, checks.py those of Redis.
 
 
 def setting(name, default=None):
@@ -315,6 +316,7 @@ def error_as_json(error):
 
     For an unexpected exception Flask logs the traceback and calls this with a plain 500.
     """
+    # Not the Content-Type of the error: that is HTML, and the answer is JSON.
     headers = [(name, value) for name, value in error.get_headers() if name != "Content-Type"]
     return {"error": error.description}, error.code, headers
 

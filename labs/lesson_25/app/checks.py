@@ -116,14 +116,13 @@ def check_redis_url(url):
             "its port cannot be read"
             " (in a password, write / as %2F, ? as %3F, @ as %40, [ as %5B and ] as %5D)"
         ) from None
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    check_options(options, parts.scheme)
     if parts.scheme == "unix":
         check_socket(parts.hostname, parts.path)
     else:
-        check_place(parts.hostname, port, parts.path)
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-    check_options(options, parts.scheme)
-    if "db" in options and parts.scheme != "unix" and parts.path.strip("/"):
-        raise bad_url("it names a database twice")
+        check_place(parts.hostname, port)
+        check_database_in_path(parts.path, options)
     has_password = parts.password or "password" in options
     if has_password and (setting("REDIS_PASSWORD") or setting("REDIS_PASSWORD_FILE")):
         raise bad_url("it has a password, and another one is set: unset one of them")
@@ -137,8 +136,8 @@ def check_socket(host, path):
         raise bad_url("it names no socket")
 
 
-def check_place(host, port, path):
-    """Raise ValueError where these parts of a redis:// or rediss:// address are wrong."""
+def check_place(host, port):
+    """Raise ValueError where the host or the port of a redis:// or rediss:// address is wrong."""
     if not host:
         raise bad_url("it names no host")
     problem = problem_of_host(urllib.parse.unquote(host))  # redis-py unquotes it, too
@@ -146,8 +145,14 @@ def check_place(host, port, path):
         raise bad_url(f"its host cannot be right: {problem}")
     if port == 0:
         raise bad_url("its port is not from 1 to 65535")
+
+
+def check_database_in_path(path, options):
+    """Raise ValueError where an address does not name one database, after its host or as `db`."""
     if not re.fullmatch("/?[0-9]*", path):
         raise bad_url("what follows its host is not the number of a database")
+    if path.strip("/") and "db" in options:
+        raise bad_url("it names a database twice")
 
 
 def check_options(options, scheme):

@@ -77,7 +77,7 @@ def call_at_end_signal(function):
 
 def end_with_parent(pipe_reader, pipe_writer):
     """Have this worker end, by steps 3 and 4, when its parent closes the pipe or is killed."""
-    block_end_signals()  # a forked worker blocks them already; macOS and Python 3.14 do not fork
+    block_end_signals()  # a forked worker has inherited this, another one has not
     # Every worker gets both ends of the pipe. It only closes when no process has the writer open
     # any more: so each worker closes its own, and the parent keeps the last one.
     pipe_writer.close()

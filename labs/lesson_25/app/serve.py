@@ -41,8 +41,9 @@ THREADS = 8
 # for their next request. 4,000 idle connections take about 50 MiB.
 MAX_CONNECTIONS = 5_000
 
-# After this time without a complete request, a connection is closed. It must be longer than load
-# balancers keep an idle connection (60 s): if the service closes it first, a request is lost.
+# A connection is closed when no new request has come on it for so long, with all its headers. That
+# must be longer than load balancers keep an idle connection (60 s): if the service closes it first,
+# a request is lost.
 IDLE_SECONDS = 75
 
 # At the end, a request may take this time before its worker is killed. Docker waits for 10 s.
@@ -53,7 +54,7 @@ KILL_SECONDS = 5
 LOG_FORMAT = {"format": "%(asctime)s %(process)d %(levelname)s %(message)s"}
 LOGGING = {
     "formatters": {"generic": LOG_FORMAT, "access": LOG_FORMAT},
-    "root": {"handlers": ["console"], "level": "INFO"},
+    "root": {"handlers": ["console"], "level": "INFO"},  # for the app's messages
 }
 
 
@@ -79,15 +80,15 @@ def main():
         interface="wsgi",
         http="1",
         http1_settings=HTTP1Settings(
-            header_read_timeout=IDLE_SECONDS * 1000,  # ms, for the next request and its headers
+            header_read_timeout=IDLE_SECONDS * 1000,  # ms
             max_buffer_size=65_536,  # bytes, for the headers of a request
         ),
-        backpressure=MAX_CONNECTIONS,
+        backpressure=MAX_CONNECTIONS,  # of each worker
         workers=workers,
         blocking_threads=THREADS,
         respawn_failed_workers=True,
         workers_kill_timeout=KILL_SECONDS,
-        log_level="error",  # for granian's own messages; the app's have the level INFO, above
+        log_level="error",  # for granian's own messages
         log_dictconfig=LOGGING,
         log_access=access_log == 1,
         log_access_format="%(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
@@ -141,18 +142,18 @@ class Server(Granian):
             # the signals are blocked again.
             multiprocessing.resource_tracker.ensure_running()
             ending.block_end_signals()
-        # Step 2 of the end. The function sets a flag, and wakes granian's main loop. If an
-        # end signal has come already, that loop finds the flag when it begins.
+        # Step 2 of the end. granian's function sets a flag, and wakes the main loop. If an end
+        # signal has come already, that loop finds the flag when it begins.
         ending.call_at_end_signal(self.signal_handler_interrupt)
         # granian calls this function in every new worker, and serves the app that it returns.
         load = partial(load_app, app.start_time, self.pipe_reader, self.pipe_writer)
         self.serve(target_loader=load, wrap_loader=False)
 
     def shutdown(self, exit_code=0):
-        """Have the workers end, and wait for them. granian's main loop calls it."""
+        """Have the workers end, and wait for them. granian's main loop calls it (step 2)."""
         for worker in self.wrks:
             worker.interrupt_by_parent = True  # or granian takes its end for a crash
-        self.pipe_writer.close()  # step 2
+        self.pipe_writer.close()  # the workers begin with step 3
         # Step 5. granian also sends the workers a SIGTERM, which they block.
         super().shutdown(exit_code)
 

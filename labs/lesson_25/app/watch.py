@@ -69,16 +69,15 @@ class CircuitBreaker:
                 self.look()
             except BaseException:  # whatever it was: without the watch an outage never ends
                 app.app.logger.exception("The watch of Redis failed, and goes on")
-            # Pause, but not when a request has failed. A request first sets the outage, then this
-            # event: so the next look sees whatever the event has told.
+            # Pause. A request that fails ends the pause at once.
             self._request_has_failed.wait(PAUSE_SECONDS)
             self._request_has_failed.clear()
 
     def look(self):
         """Tell the log how things are, then ask Redis, and begin or end an outage."""
         outage = self.outage
-        # The log comes first, because the question below may end this outage. What the question
-        # finds out is told at the next look.
+        # Before the question, which may end this outage. What the question finds out is told at the
+        # next look.
         self._log.tell(outage)
         if outage is None:
             self._look_in_good_times()
