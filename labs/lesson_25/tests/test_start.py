@@ -261,16 +261,20 @@ def signal_parent(service, number):
     service.process.send_signal(number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("send", [signal_group, signal_each, signal_parent])
 @needs_proc
-def test_a_signal_ends_it_with_status_0(start, send, number):
-    service = start(WEB_CONCURRENCY="4")
-    send(service, number)
-    service.ends_with(0, seconds=2.9)  # a second, and patience for a busy machine
-    assert len(service.lines()) == 1, f"it said more than its start:\n{service.log}"
-    with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", service.port), timeout=1).close()
+def test_a_signal_ends_it_with_status_0(start, send):
+    """SIGTERM ends one service and SIGINT another; both start at the same time."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        services = list(pool.map(lambda _: start(WEB_CONCURRENCY="4"), numbers))
+    for service, number in zip(services, numbers, strict=True):
+        send(service, number)
+        service.ends_with(0, seconds=2.9)  # a second, and patience for a busy machine
+        log = service.log
+        assert len(service.lines()) == 1, f"after {number.name} it said more than its start:\n{log}"
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", service.port), timeout=1).close()
 
 
 # Serves with an event whose lock the main thread holds at the moment of the signal: granian's own
