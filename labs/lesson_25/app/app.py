@@ -171,10 +171,7 @@ def client_options():
     }
 
 
-# --- Questions to Redis. A question is a function of a client. If it raises an exception, Redis
-# --- counts as away: in production this begins an outage, and no request asks Redis until hits can
-# --- be counted again. A question about another key must therefore catch what does not mean that:
-# --- redis.ResponseError, for example, where the key holds a value of another type.
+# --- Questions to Redis. Each is a function of a client.
 
 
 def count_hit(client):
@@ -219,10 +216,14 @@ breaker = None
 
 
 def ask_redis(question):
-    """Ask Redis a question. In an outage, answer at once with the reason of the outage instead.
+    """Ask Redis a question. In an outage, return the reason of the outage instead, at once.
 
     Returns (answer, None) or (None, failure). Where Redis is not configured, which is no failure,
     it returns (None, None). Never raises.
+
+    Any exception from the question counts as a failure of Redis, and begins an outage. So a
+    question about another key has to catch what does not mean that: redis.ResponseError, for
+    example, where the key holds a value of another type.
     """
     if breaker is None:
         return ask_redis_now(question)
