@@ -19,8 +19,8 @@ from app import MAX_DB, bad_url, setting
 def check_redis():
     """Return where Redis is, in words for the log.
 
-    Raises ValueError where a setting of Redis cannot be used. REDIS_PORT and REDIS_DB are read with
-    REDIS_HOST alone: Kubernetes sets a REDIS_PORT of its own.
+    Raises ValueError where a setting of Redis cannot be used. With REDIS_URL, or without any Redis,
+    REDIS_PORT and REDIS_DB are not read: Kubernetes may have set a REDIS_PORT of its own.
     """
     refuse_both("REDIS_HOST", "REDIS_URL")
     refuse_both("REDIS_PASSWORD", "REDIS_PASSWORD_FILE")
@@ -35,8 +35,8 @@ def check_redis():
     else:
         check_redis_host(setting("REDIS_HOST"))
 
-    # This call also makes the client that the service will use. It reads, and so checks,
-    # REDIS_PORT, REDIS_DB and the password file.
+    # This makes the client that the service will use. Making it reads REDIS_PORT, REDIS_DB and the
+    # password file, and raises ValueError where one of them cannot be used.
     client = app.get_redis_client()
     connection = new_connection(client)
     check_database(connection.db)
@@ -116,7 +116,10 @@ def check_redis_url(url):
             "its port cannot be read"
             " (in a password, write / as %2F, ? as %3F, @ as %40, [ as %5B and ] as %5D)"
         ) from None
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    names_and_values = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(names_and_values)
+    if len(options) < len(names_and_values):
+        raise bad_url("it has an option twice")
     check_options(options, parts.scheme)
     if parts.scheme == "unix":
         check_socket(parts.hostname, parts.path)

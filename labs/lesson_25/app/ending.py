@@ -78,13 +78,10 @@ def call_at_end_signal(function):
 def end_with_parent(pipe_reader, pipe_writer):
     """Have this worker end, by steps 3 and 4, when its parent closes the pipe or is killed."""
     block_end_signals()  # a forked worker has inherited this, another one has not
-    # Every worker gets both ends of the pipe. It only closes when no process has the writer open
-    # any more: so each worker closes its own, and the parent keeps the last one.
+    # A pipe counts as closed when no process has its writer open any more. Every worker has got one
+    # with the pipe, and closes it here. So the parent's is the last one.
     pipe_writer.close()
-    # What ends this worker is its handler for SIGTERM. Only end_worker, below, calls it. It is
-    # end_at_once while the worker starts and has no requests. When granian begins to serve, it
-    # replaces it with its own, which finishes the requests.
-    signal.signal(signal.SIGTERM, end_at_once)
+    signal.signal(signal.SIGTERM, end_at_once)  # until granian sets its own: see end_worker
 
     def wait_for_parent():
         pipe_reader.poll(None)  # returns when the pipe is closed
@@ -95,13 +92,18 @@ def end_with_parent(pipe_reader, pipe_writer):
 
 
 def end_worker():
-    """Step 4: call this worker's handler for SIGTERM, as if that had come. (It is blocked.)"""
+    """Step 4: end this worker by calling its handler for SIGTERM.
+
+    When granian begins to serve, it sets such a handler: it finishes the requests, then the worker
+    ends. Before that the handler is end_at_once, because a worker that is still starting has no
+    requests. SIGTERM itself is blocked. So the handler never runs by itself, and is called here.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     handler(signal.SIGTERM, None)
 
 
 def end_at_once(signal_number, frame):
-    """A handler for SIGTERM that ends the process."""
+    """End this process. (This has the arguments of a handler for a signal.)"""
     os._exit(0)
 
 

@@ -50,8 +50,9 @@ class CircuitBreaker:
     def _end_outage(self, outage):
         """End this outage, unless a request has failed since the watch read it.
 
-        Such a request has put another Failure in its place. Two failures may be equal, but each is
-        an object of its own: so the comparison is `is`, not `==`.
+        That can be a request that asked before the outage began, and has waited until now. It has
+        put a Failure of its own in the place of this one. The two may be equal, but they are two
+        objects: so the comparison is `is`, not `==`.
         """
         with self._lock:
             if self.outage is outage:
@@ -69,15 +70,18 @@ class CircuitBreaker:
                 self.look()
             except BaseException:  # whatever it was: without the watch an outage never ends
                 app.app.logger.exception("The watch of Redis failed, and goes on")
-            # Pause. A request that fails ends the pause at once.
+            # Pause, but only until a request fails. The event is cleared before the next look, not
+            # after it, so that no failure is missed.
             self._request_has_failed.wait(PAUSE_SECONDS)
             self._request_has_failed.clear()
 
     def look(self):
-        """Tell the log how things are, then ask Redis, and begin or end an outage."""
+        """Tell the log how things are, ask Redis, and begin or end an outage.
+
+        What the question finds out is told at the next look.
+        """
         outage = self.outage
-        # Before the question, which may end this outage. What the question finds out is told at the
-        # next look.
+        # A request may have begun this outage. It is told before the question, which may end it.
         self._log.tell(outage)
         if outage is None:
             self._look_in_good_times()

@@ -140,6 +140,7 @@ def test_a_host_that_cannot_be_stops_the_start_and_is_not_shown(refusal, host):
         ("redis://h/99999999999", "its database is not from 0 to 2147483647"),
         ("redis://h?db=99999999999", "its database is not from 0 to 2147483647"),
         ("redis://h/1?db=1", "it names a database twice"),
+        ("redis://h?db=1&db=2", "it has an option twice"),
         ("redis://h?db=-1", "its database is not from 0 to 2147483647"),
         ("unix://", "it names no socket"),
         ("unix://s3cret/redis.sock", "it must have three slashes before the path of its socket"),
