@@ -232,7 +232,7 @@ def ask_redis(question):
         return None, outage
     answer, failure = ask_redis_now(question)
     if failure:
-        breaker.request_failed(failure)
+        breaker.begin_outage(failure)
     return answer, failure
 
 

@@ -137,11 +137,7 @@ class Server(Granian):
     def run(self):
         """Serve until an end signal. Exits with status 1 if workers crash again and again."""
         if multiprocessing.get_start_method() != "fork":
-            # Before the first worker, Python starts another process, its "resource tracker", and
-            # then unblocks SIGINT and SIGTERM in the thread that did it. So it is started here, and
-            # the signals are blocked again.
-            multiprocessing.resource_tracker.ensure_running()
-            ending.block_end_signals()
+            start_resource_tracker()
         # Step 2 of the end. granian's function sets a flag, and wakes the main loop. If an end
         # signal has come already, that loop finds the flag when it begins.
         ending.call_at_end_signal(self.signal_handler_interrupt)
@@ -156,6 +152,16 @@ class Server(Granian):
         self.pipe_writer.close()  # the workers begin with step 3
         # Step 5. granian also sends the workers a SIGTERM, which they block.
         super().shutdown(exit_code)
+
+
+def start_resource_tracker():
+    """Start a process that Python's multiprocessing needs where it does not fork.
+
+    multiprocessing would start it with the first worker. Each time it has started it, it unblocks
+    SIGINT and SIGTERM in the thread that called for it, which here is the parent's main thread.
+    """
+    multiprocessing.resource_tracker.ensure_running()
+    ending.block_end_signals()
 
 
 def load_app(start_time, pipe_reader, pipe_writer):

@@ -35,13 +35,13 @@ class CircuitBreaker:
         # Whoever changes self.outage holds this lock, because _end_outage has to compare and change
         # it in one step. Nobody holds it while asking Redis or writing to the log.
         self._lock = threading.Lock()
-        self._request_has_failed = threading.Event()
+        self._look_at_once = threading.Event()
         self._log = OutageLog()
 
-    def request_failed(self, failure):
-        """Begin an outage, and wake the watch. A request calls this when Redis has failed it."""
+    def begin_outage(self, failure):
+        """Begin an outage, and have the watch look at once. A request that fails calls this."""
         self._set_outage(failure)
-        self._request_has_failed.set()
+        self._look_at_once.set()
 
     def _set_outage(self, failure):
         with self._lock:
@@ -70,10 +70,10 @@ class CircuitBreaker:
                 self.look()
             except BaseException:  # whatever it was: without the watch an outage never ends
                 app.app.logger.exception("The watch of Redis failed, and goes on")
-            # Pause, but only until a request fails. The event is cleared before the next look, not
-            # after it, so that no failure is missed.
-            self._request_has_failed.wait(PAUSE_SECONDS)
-            self._request_has_failed.clear()
+            # Pause, but only until an outage begins. The event is cleared before the next look, not
+            # after it, so that none is missed.
+            self._look_at_once.wait(PAUSE_SECONDS)
+            self._look_at_once.clear()
 
     def look(self):
         """Tell the log how things are, ask Redis, and begin or end an outage.
@@ -92,7 +92,7 @@ class CircuitBreaker:
         """Begin an outage if Redis does not answer a PING."""
         _, failure = app.ask_redis_now(app.ping)
         if failure:
-            self._set_outage(failure)
+            self.begin_outage(failure)
 
     def _look_in_an_outage(self, outage):
         """End the outage if Redis can count again."""

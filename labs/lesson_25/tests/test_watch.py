@@ -137,7 +137,7 @@ def test_half_the_time_until_hits_count_again_is_left_for_a_new_connection(app):
 
 def test_what_ends_an_outage_counts_nothing(client, server, watch):
     assert hit(client) == (1, None)
-    watch.request_failed(failure("ConnectionError", "gone"))
+    watch.begin_outage(failure("ConnectionError", "gone"))
     watch.look()
     assert "INCRBY 0" in server.asked
     assert hit(client) == (2, None)
@@ -145,10 +145,10 @@ def test_what_ends_an_outage_counts_nothing(client, server, watch):
 
 def test_a_failure_that_comes_while_the_watch_asks_is_not_taken_back(client, server, watch):
     """Its question was asked before: it says nothing of what failed since."""
-    watch.request_failed(failure("ConnectionError", "first"))
+    watch.begin_outage(failure("ConnectionError", "first"))
 
     def answer_late(*_):
-        watch.request_failed(failure("ConnectionError", "second"))
+        watch.begin_outage(failure("ConnectionError", "second"))
         return 7
 
     server.incrby = answer_late
@@ -161,7 +161,7 @@ def test_a_failure_that_comes_while_the_watch_asks_is_not_taken_back(client, ser
 
 @pytest.mark.parametrize("answer", [b"OK", None, True])
 def test_an_answer_that_is_no_number_ends_no_outage(client, server, watch, monkeypatch, answer):
-    watch.request_failed(failure("ConnectionError", "gone"))
+    watch.begin_outage(failure("ConnectionError", "gone"))
     monkeypatch.setattr(server, "incrby", lambda *_: answer)
     watch.look()
     assert repr(answer) in hit(client)[1]
@@ -191,7 +191,7 @@ def test_whatever_the_watch_meets_it_goes_on_and_ends_the_outage(
             raise EndOfThread
 
     monkeypatch.setattr(watch_module.app, "ask_redis_now", ask_in_trouble)
-    watch.request_failed(failure("ConnectionError", "gone"))
+    watch.begin_outage(failure("ConnectionError", "gone"))
     monkeypatch.setattr(watch_module.app.app.logger, "exception", log_or_end)
 
     def run_to_its_end():
@@ -210,7 +210,7 @@ def test_whatever_the_watch_meets_it_goes_on_and_ends_the_outage(
     assert not troubles
 
 
-def test_the_thread_looks_at_once_when_a_request_has_failed(client, server, watch, monkeypatch):
+def test_the_thread_looks_at_once_when_a_look_at_once(client, server, watch, monkeypatch):
     monkeypatch.setattr(watch_module, "PAUSE_SECONDS", 60)
     looked = threading.Semaphore(0)
     ended = threading.Event()
@@ -224,7 +224,7 @@ def test_the_thread_looks_at_once_when_a_request_has_failed(client, server, watc
     watch.start_watch()
     assert looked.acquire(timeout=10), "the thread does not look when it starts"
     assert not looked.acquire(timeout=0.2), "the thread does not pause between two questions"
-    watch.request_failed(failure("ConnectionError", "gone"))
+    watch.begin_outage(failure("ConnectionError", "gone"))
     assert looked.acquire(timeout=10), "a failed request does not wake the thread"
 
 
@@ -298,7 +298,7 @@ def test_says_once_that_redis_went_and_once_that_hits_are_counted_again(
 
 def test_says_both_also_where_the_outage_was_short(client, server, watch, clock, lines):
     """A hit may fail where the watch's next question does not: that must be told, too."""
-    watch.request_failed(failure("ConnectionError", "gone"))
+    watch.begin_outage(failure("ConnectionError", "gone"))
     watch.look()
     assert watch.outage is None
     assert lines() == ["Redis failed, hits are not counted: ConnectionError: gone"]
@@ -309,7 +309,7 @@ def test_says_both_also_where_the_outage_was_short(client, server, watch, clock,
 
 def test_says_a_new_reason_when_the_kind_of_reason_changes(client, server, watch, clock, lines):
     for text in ("Connection refused", "Connection reset"):
-        watch.request_failed(failure("ConnectionError", text))
+        watch.begin_outage(failure("ConnectionError", text))
         server.failures["INCRBY"] = redis.ConnectionError(text)
         watch.look()
         clock[0] += 10
@@ -324,7 +324,7 @@ def test_a_redis_that_fails_in_turns_makes_a_line_every_few_seconds(
     client, server, watch, clock, lines
 ):
     for _ in range(300):  # in thirty seconds
-        watch.request_failed(failure("ReadOnlyError", "a read only replica"))
+        watch.begin_outage(failure("ReadOnlyError", "a read only replica"))
         watch.look()
         watch.look()
         clock[0] += 0.1
@@ -353,7 +353,7 @@ def test_no_request_waits_for_a_log_that_is_blocked(app, client, server, watch, 
         unblocked.wait(10)
 
     monkeypatch.setattr(app.app.logger, "warning", block)
-    watch.request_failed(failure("ConnectionError", "gone"))
+    watch.begin_outage(failure("ConnectionError", "gone"))
     looking = threading.Thread(target=watch.look)
     looking.start()
     try:
