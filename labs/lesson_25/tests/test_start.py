@@ -320,6 +320,31 @@ def test_a_signal_is_acted_on_also_while_the_server_holds_the_lock_of_its_event(
         process.wait()
 
 
+# The service, where the parent is so slow that all workers end before it asks granian to end them.
+SLOW_TO_END_THEM = f"""
+import sys, time
+sys.path.insert(0, {str(CONTEXT)!r})
+import ending, serve
+
+ending.block_end_signals()
+
+class Server(serve.Server):
+    def _stop_workers(self):
+        time.sleep(0.5)
+        super()._stop_workers()
+
+serve.Server = Server
+serve.main()
+"""
+
+
+def test_a_worker_that_ends_before_the_parent_asks_for_it_is_no_crash(start):
+    service = start([sys.executable, "-c", SLOW_TO_END_THEM])
+    service.process.terminate()
+    service.ends_with(0)
+    assert len(service.lines()) == 1, f"it said more than its start:\n{service.log}"
+
+
 @pytest.mark.slow
 @pytest.mark.timing
 @needs_proc
