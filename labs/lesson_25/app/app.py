@@ -222,8 +222,8 @@ def ask_redis(question):
     it returns (None, None). Never raises.
 
     Any exception from the question counts as a failure of Redis, and begins an outage. So a
-    question about another key has to catch what does not mean that: redis.ResponseError, for
-    example, where the key holds a value of another type.
+    question about another key has to catch what only concerns that key, such as a value of the
+    wrong type (README.md shows how).
     """
     if breaker is None:
         return ask_redis_now(question)
