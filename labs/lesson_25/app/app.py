@@ -238,15 +238,12 @@ def ask_redis(question):
 
 def ask_redis_now(question):
     """Ask Redis a question, whether there is an outage or not. Returns what ask_redis returns."""
+    if redis is None and redis_is_configured():
+        return None, Failure("ImportError", "the Python package redis is not installed")
     try:
         client = get_redis_client()
-    except ValueError as error:
-        return None, Failure("ValueError", str(error))
-    if client is None:
-        if redis is None and redis_is_configured():
-            return None, Failure("ImportError", "the Python package redis is not installed")
-        return None, None  # Redis is not configured
-    try:
+        if client is None:  # Redis is not configured
+            return None, None
         return question(client), None
     except Exception as error:  # not only RedisError: a server that is no Redis causes others
         return None, failure_of(error)

@@ -41,9 +41,9 @@ THREADS = 8
 # for their next request. 4,000 idle connections take about 50 MiB.
 MAX_CONNECTIONS = 5_000
 
-# A connection is closed when no new request has come on it for so long, with all its headers. That
-# must be longer than load balancers keep an idle connection (60 s): if the service closes it first,
-# a request is lost.
+# An idle connection is closed after this time. It must be longer than load balancers keep one
+# (60 s): if the service closes it first, a request is lost. A client that sends the headers of a
+# request more slowly than this is cut off, too.
 IDLE_SECONDS = 75
 
 # At the end, a request may take this time before its worker is killed. Docker waits for 10 s.

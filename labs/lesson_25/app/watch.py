@@ -12,7 +12,7 @@ import app
 
 # The time between two questions of the watch. The README promises that hits are counted again
 # within 2 s after Redis is back. Up to 0.5 s of that may pass with a question that was asked just
-# before, and 0.5 s with this pause.
+# before, and 0.5 s with this pause. 1 s is left for the next question, on a new connection.
 PAUSE_SECONDS = 0.5
 
 # A worker writes at most one line in this time, even if Redis fails and answers by turns.
@@ -48,11 +48,11 @@ class CircuitBreaker:
             self.outage = failure
 
     def _end_outage(self, outage):
-        """End this outage, unless a request has failed since the watch read it.
+        """End the outage that the watch has read, unless a request has failed since then.
 
-        That can be a request that asked before the outage began, and has waited until now. It has
-        put a Failure of its own in the place of this one. The two may be equal, but they are two
-        objects: so the comparison is `is`, not `==`.
+        That can be a request that has been waiting since before the outage. Its Failure is in
+        self.outage now. It may be equal to `outage`, but it is another object: so the comparison
+        is `is`, not `==`.
         """
         with self._lock:
             if self.outage is outage:
@@ -76,13 +76,9 @@ class CircuitBreaker:
             self._look_at_once.clear()
 
     def look(self):
-        """Tell the log how things are, ask Redis, and begin or end an outage.
-
-        What the question finds out is told at the next look.
-        """
+        """Tell the log of a change since the last look, ask Redis, and begin or end an outage."""
         outage = self.outage
-        # A request may have begun this outage. It is told before the question, which may end it.
-        self._log.tell(outage)
+        self._log.tell(outage)  # before the question, which may end the outage
         if outage is None:
             self._look_in_good_times()
         else:
