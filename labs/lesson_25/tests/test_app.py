@@ -187,6 +187,27 @@ def test_a_bad_setting_without_the_check_at_the_start_is_no_crash(
     assert number is None and named in error and "s3cret" not in error
 
 
+# A question of your own, as the app's README shows it
+
+
+def count_visitors(client):
+    """Return how many visitors there are, or None where the key holds something else."""
+    try:
+        return client.scard("lab25_visitors")
+    except redis.exceptions.ResponseError as error:
+        if str(error).startswith("WRONGTYPE"):
+            return None
+        raise
+
+
+def test_a_question_whose_key_holds_something_else_is_no_failure_of_redis(app, redis_server):
+    redis_client = app.get_redis_client()
+    redis_client.sadd("lab25_visitors", "Ada")
+    assert app.ask_redis(count_visitors) == (1, None)
+    redis_client.set("lab25_visitors", "no set")
+    assert app.ask_redis(count_visitors) == (None, None)
+
+
 # A Redis that is away, or wrong
 
 

@@ -112,7 +112,20 @@ def remove_images(naming=RUN):
     for repository, tag, digest in map(str.split, lines):
         if naming in repository:
             name = f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}"
-            docker("image", "rm", name)
+            remove_image(name)
+
+
+def remove_image(name):
+    """Remove an image by its name.
+
+    A run at the same time may have made the very same image. While only a container of that run
+    uses it, the engine does not give it up.
+    """
+    eventually(
+        lambda: docker("image", "rm", name, check=False).returncode == 0,
+        every=1,
+        broken=f"the image {name} cannot be removed",
+    )
 
 
 def remove_all(naming):
