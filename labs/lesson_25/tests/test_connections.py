@@ -162,7 +162,7 @@ def test_four_thousand_idle_connections_are_held_and_a_new_one_is_answered_at_on
             connection = http.client.HTTPConnection(*address, timeout=20)
             idle.callback(connection.close)
             assert ask(connection, "/health").status == 200
-        waits = [seconds_to(web.port(), "/health") for _ in range(20)]
+        waits = [seconds_to(web.port, "/health") for _ in range(20)]
         memory = web.memory_bytes()
         first = ask(connection, "/health")
     assert max(waits) < limits.AT_ONCE_SECONDS, f"a new connection waited {max(waits):.2f} s"
@@ -177,8 +177,8 @@ def test_a_kept_connection_is_open_after_65_seconds_and_an_unfinished_request_is
 ):
     with (
         container(image) as web,
-        contextlib.closing(http.client.HTTPConnection("127.0.0.1", web.port())) as kept,
-        half_a_request(web.port()) as unfinished,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", web.port)) as kept,
+        half_a_request(web.port) as unfinished,
     ):
         assert ask(kept).status == 200
         time.sleep(limits.KEPT_OPEN_SECONDS)

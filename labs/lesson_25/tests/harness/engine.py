@@ -38,15 +38,16 @@ def docker(*arguments, check=True, timeout=300, **options):
 @functools.cache
 def problem():
     """Return why there is no engine to work with, or None."""
-    for command in (["info"], ["compose", "version"], ["buildx", "version"]):
-        try:
-            result = docker(*command, check=False, timeout=30)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return f"`docker {' '.join(command)}` failed: {error}"
-        if result.returncode or "Server:\n ERROR" in result.stdout:
-            lines = (result.stderr or result.stdout).strip().splitlines()
-            return f"`docker {' '.join(command)}` failed: {lines[-1]}"
-    return None
+    # Without the version of the server, it would not ask the server.
+    columns = "{{.ServerVersion}} {{range .ClientInfo.Plugins}}{{.Name}} {{end}}"
+    try:
+        result = docker("info", "--format", columns, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"`docker info` failed: {error}"
+    if result.returncode:
+        return f"`docker info` failed: {result.stderr.strip().rpartition(chr(10))[2]}"
+    missing = {"compose", "buildx"} - set(result.stdout.split())
+    return f"docker has no {' and no '.join(sorted(missing))}" if missing else None
 
 
 def inspect(name, what="container"):
@@ -108,8 +109,9 @@ def bytes_over_base(image):
 def remove_images(naming=RUN):
     """Remove every image whose name contains `naming`, by default those that this run has made."""
     columns = "{{.Repository}} {{.Tag}} {{.Digest}}"
-    lines = docker("image", "ls", "--all", "--digests", "--format", columns).stdout.splitlines()
-    for repository, tag, digest in map(str.split, lines):
+    listing = ["image", "ls", "--all", "--digests", "--format", columns]
+    said = eventually(lambda: succeeds(*listing), every=1, broken="the images cannot be listed")
+    for repository, tag, digest in map(str.split, said.stdout.splitlines()):
         if naming in repository:
             name = f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}"
             remove_image(name)
@@ -121,11 +123,20 @@ def remove_image(name):
     A run at the same time may have made the very same image. While only a container of that run
     uses it, the engine does not give it up.
     """
-    eventually(
-        lambda: docker("image", "rm", name, check=False).returncode == 0,
-        every=1,
-        broken=f"the image {name} cannot be removed",
-    )
+    removal = ["image", "rm", name]
+    gone = "No such image"
+    eventually(lambda: succeeds(*removal, or_says=gone), every=1, broken=f"{name} is not removed")
+
+
+def succeeds(*arguments, or_says=None):
+    """Return the CompletedProcess of a docker command that another run may hold up for a while.
+
+    Raises OSError with what it says, unless it ends well or says that it need not be done.
+    """
+    result = docker(*arguments, check=False)
+    if result.returncode and not (or_says and or_says in result.stderr):
+        raise OSError(result.stderr.strip())
+    return result
 
 
 def remove_all(naming):
@@ -150,10 +161,11 @@ def give_image(image, node, folder):
 
 
 class Container:
-    """A container, by its name or ID."""
+    """A container, by its name or ID; `port` is the one of this machine where it is published."""
 
-    def __init__(self, name):
+    def __init__(self, name, port=None):
         self.name = name
+        self.port = port
 
     def inspect(self):
         return inspect(self.name)
@@ -162,12 +174,8 @@ class Container:
     def health(self):
         return self.inspect()["State"]["Health"]["Status"]
 
-    def port(self, inside=8080):
-        """Return the port of this machine where the container's is published."""
-        return int(docker("port", self.name, inside).stdout.splitlines()[0].rpartition(":")[2])
-
     def get(self, path="/", timeout=5):
-        return get(self.port(), path, timeout=timeout)
+        return get(self.port, path, timeout=timeout)
 
     def address(self, network="bridge"):
         """Return its IP address in a network; this machine reaches it if the engine runs here."""
@@ -194,15 +202,19 @@ class Container:
         return result.stdout + result.stderr
 
     def wait_for(self, condition, seconds=PATIENCE_SECONDS):
-        """Return the first true result of `condition`; fail with the log, at once if it ended."""
+        """Return the first true result of `condition`; fail with the log, soon if it ended."""
+        next_look = time.monotonic() + 1
 
-        def running_and_true():
-            state = self.inspect()["State"]
-            assert state["Status"] != "exited", f"it ended with status {state['ExitCode']}"
+        def true_while_it_runs():
+            nonlocal next_look
+            if time.monotonic() > next_look:  # not each time: the engine has more to do
+                state = self.inspect()["State"]
+                assert state["Status"] != "exited", f"it ended with status {state['ExitCode']}"
+                next_look = time.monotonic() + 1
             return condition()
 
         try:
-            return eventually(running_and_true, seconds)
+            return eventually(true_while_it_runs, seconds)
         except AssertionError as failure:
             raise AssertionError(f"{failure}; its log:\n{self.log()}") from None
 
@@ -216,12 +228,16 @@ class Container:
 
 
 @contextlib.contextmanager
-def container(image, *options, command=(), wait=True):
-    """Yield a Container of `image`, its port published; with `wait`, it serves already."""
-    name = f"{RUN}-{secrets.token_hex(3)}"
+def container(image, *options, command=(), port_inside=8080, wait=True):
+    """Yield a Container of `image`, its port published; with `wait`, it serves already.
+
+    The engine does not look after its health: each look is a process that starts Python.
+    """
+    made = Container(f"{RUN}-{secrets.token_hex(3)}", free_port())
+    options = ["--publish", f"127.0.0.1:{made.port}:{port_inside}", "--no-healthcheck", *options]
+    name = made.name
     try:
-        docker("create", "--name", name, "--publish", "127.0.0.1::8080", *options, image, *command)
-        made = Container(name)
+        docker("create", "--name", name, *options, image, *command)
         if wait:
             docker("start", name)
             made.wait_for(lambda: made.get("/health"), 30)

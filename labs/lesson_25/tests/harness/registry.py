@@ -21,7 +21,7 @@ class Registry:
 
     def __init__(self, container, folder):
         self.container = container.name
-        self.address = f"127.0.0.1:{container.port(5000)}"
+        self.address = f"127.0.0.1:{container.port}"
         self.folder = folder
         self.logged_in = self.logged_out()
 
@@ -81,12 +81,11 @@ def private_registry(folder):
     accounts = folder / "htpasswd"
     accounts.write_text(ACCOUNTS)
     options = [
-        "--publish=127.0.0.1::5000",
         "--env=REGISTRY_AUTH=htpasswd",
         "--env=REGISTRY_AUTH_HTPASSWD_REALM=tests",
         "--env=REGISTRY_AUTH_HTPASSWD_PATH=/htpasswd",
     ]
-    with container("registry:2", *options, wait=False) as made:
+    with container("registry:2", *options, port_inside=5000, wait=False) as made:
         docker("cp", accounts, f"{made.name}:/htpasswd")
         docker("start", made.name)
         running = Registry(made, folder)
