@@ -14,6 +14,8 @@ WHOLE_IMAGE_BYTES = 56_000_000
 WHOLE_IMAGE_RATIO = 1 / 3
 # A changed app.py installs no package again.
 REBUILD_SECONDS = 1
+# Unpacked, in blocks of 4 kB: the app's files alone.
+CHANGED_APP_BYTES = 100_000
 # Nor does it push one again: the app and the configuration of the image are about 10 kB.
 PUSHED_AGAIN_BYTES = 50_000
 
