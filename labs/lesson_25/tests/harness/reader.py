@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import math
 import os
 import platform
 import re
@@ -29,8 +28,10 @@ BASHS_OWN = "^declare -[a-z]*r|^declare -[a-zA-Z-]+ (BASH|LINENO|SECONDS|RANDOM|
 
 def longer_waits(commands):
     """Return commands that sleep longer on a busy machine, as what they wait for takes longer."""
-    busy = max(1, math.ceil(os.getloadavg()[0] / os.cpu_count()))
-    return re.sub(r"\bsleep (\d+)\b(?!\.)", lambda wait: f"sleep {int(wait[1]) * busy}", commands)
+    busy = max(1, os.getloadavg()[0] / os.cpu_count())
+    return re.sub(
+        r"\bsleep (\d+)\b(?!\.)", lambda wait: f"sleep {int(wait[1]) * busy:.1f}", commands
+    )
 
 
 class Reader:
@@ -244,10 +245,13 @@ def follow(unit, made):
 
 
 class Readers:
-    """Readers of some units, several at a time; what became of each is its `result`."""
+    """Readers of some units, several at a time; what became of each is its `result`.
+
+    The one with the most to do begins, so that the others need not wait for it in the end.
+    """
 
     def __init__(self, units, *options):
-        self.units = units
+        self.units = sorted(units, key=lambda unit: len(unit.blocks), reverse=True)
         self.options = options
         self._made = []
         self._futures = {}
