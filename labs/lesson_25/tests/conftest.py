@@ -126,11 +126,11 @@ def registry(tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stack(image, tmp_path_factory):
-    """The local stack, up and healthy; shared by a file's tests, which leave it so."""
-    with engine.local_stack(tmp_path_factory.mktemp("stack"), f"{engine.RUN}:stack") as made:
-        made.up("--build")
+    """The local stack, up and healthy; shared by many tests, which leave it so."""
+    with engine.local_stack(tmp_path_factory.mktemp("stack"), image) as made:
+        made.up()
         yield made
 
 

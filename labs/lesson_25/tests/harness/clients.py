@@ -179,6 +179,11 @@ class Visitors:
         for thread in self._threads:
             thread.join()
 
+    def count(self):
+        """Return how many hits were counted so far."""
+        given = [answer for answers in self.answers for answer in answers]
+        return sum(answer.json.get("hit_count") is not None for answer in given)
+
     def numbers(self):
         """Return the numbers handed out, a list for each client.
 
