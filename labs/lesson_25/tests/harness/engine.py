@@ -45,7 +45,7 @@ def problem():
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"`docker info` failed: {error}"
     if result.returncode:
-        return f"`docker info` failed: {result.stderr.strip().rpartition(chr(10))[2]}"
+        return f"`docker info` failed: {result.stderr.strip().splitlines()[-1]}"
     missing = {"compose", "buildx"} - set(result.stdout.split())
     return f"docker has no {' and no '.join(sorted(missing))}" if missing else None
 
