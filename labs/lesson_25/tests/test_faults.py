@@ -32,11 +32,17 @@ class NewLines:
         return [line for line in new if words in line]
 
 
+def all_count(stack):
+    """Wait until both workers count hits."""
+    broken = "not every worker counts hits again"
+    eventually(lambda: every_hit_counts(stack.port), broken=broken)
+
+
 def when_both_workers_count(stack):
     """Wait until both workers count and have told it, whatever an earlier test did to Redis."""
     web = stack.container("web")
     lines = NewLines(web)
-    eventually(lambda: every_hit_counts(stack.port))
+    all_count(stack)
     if FAILED in web.log():  # what a worker tells next may be held back for so long
         time.sleep(watch.QUIET_SECONDS + watch.PAUSE_SECONDS)
     assert all(BACK in line for line in lines()), f"Redis failed meanwhile: {lines()}"
@@ -128,7 +134,7 @@ def test_each_worker_waits_once_where_only_health_is_asked_and_redis_is_frozen(s
     late = [wait for wait in waits if wait > limits.AT_ONCE_SECONDS]
     assert len(late) <= limits.WORKERS, f"more than one wait for each worker: {late}"
     assert max(waits) < limits.FIRST_WAIT_SECONDS, f"/health took {max(waits):.2f} s"
-    eventually(lambda: every_hit_counts(stack.port))
+    all_count(stack)
 
 
 def test_the_log_says_for_each_worker_that_redis_went_and_that_hits_are_counted_again(stack):
@@ -137,16 +143,22 @@ def test_the_log_says_for_each_worker_that_redis_went_and_that_hits_are_counted_
     new_lines = NewLines(web)
     with Visitors(stack.port, count=16, pause=0.05):
         with stack.container("redis").frozen():
-            web.wait_for(lambda: len(new_lines(f"{FAILED}TimeoutError")) == limits.WORKERS)
-        web.wait_for(lambda: len(new_lines(BACK)) == limits.WORKERS)
+            web.wait_for(
+                lambda: len(new_lines(f"{FAILED}TimeoutError")) == limits.WORKERS,
+                broken="not every worker tells that Redis is away",
+            )
+        web.wait_for(
+            lambda: len(new_lines(BACK)) == limits.WORKERS,
+            broken="not every worker tells that Redis is back",
+        )
     assert len(new_lines()) == 2 * limits.WORKERS, f"more was told: {new_lines()}"
 
 
 def test_hits_are_counted_where_redis_has_moved_while_the_old_one_lives_on_as_a_replica(stack):
     stack.hits()
     with stack.redis_moved():
-        eventually(lambda: every_hit_counts(stack.port))
-    eventually(lambda: every_hit_counts(stack.port))
+        all_count(stack)
+    all_count(stack)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +167,13 @@ def test_hits_are_counted_where_redis_has_moved_while_the_old_one_lives_on_as_a_
 def test_a_name_that_leads_nowhere_is_named_and_hits_count_once_it_does(image, network, options):
     options = ["--network", network, "--env", "REDIS_HOST=redis", *options]
     with container(image, *options) as web, Visitors(web.port, count=16, pause=0.05) as visitors:
-        eventually(lambda: "redis:6379" in web.get().json["redis_error"])
+        eventually(
+            lambda: "redis:6379" in web.get().json["redis_error"],
+            broken="redis_error does not name the address that leads nowhere",
+        )
         assert max(probe(web.port, times=30, every=0.05)) < limits.PATIENCE_SECONDS
         with redis_in(network, "--network-alias", "redis"):
-            eventually(lambda: counted(web.get()))
+            eventually(lambda: counted(web.get()), broken="no hit counts though Redis came")
     visitors.numbers()
 
 
@@ -175,11 +190,12 @@ def test_a_killed_worker_is_replaced_while_the_other_answers(stack):
         time.sleep(0.5)
         web.python(f"import os; os.kill({before[0]}, 9)")
         after = eventually(
-            lambda: (now := web.python(workers).split()) != before and len(now) == 2 and now
+            lambda: (now := web.python(workers).split()) != before and len(now) == 2 and now,
+            broken="a killed worker is not replaced",
         )
         time.sleep(1)
         uptimes = [stack.get("/health").json["uptime_seconds"] for _ in range(20)]
-    assert before[1] in after
+    assert before[1] in after, f"one worker was killed, and the other ended: {before}, {after}"
     assert min(uptimes) >= uptime
     assert max(uptimes) - min(uptimes) <= 1, "the same whichever worker answers"
     assert len(visitors.failures) <= 8, (
@@ -224,7 +240,7 @@ def test_sigterm_under_load_leaves_no_accepted_request_without_an_answer(image, 
         redis_in(network, "--network-alias", "redis") as redis,
         container(image, "--network", network, "--env", "REDIS_HOST=redis") as web,
     ):
-        eventually(lambda: counted(web.get()))
+        eventually(lambda: counted(web.get()), broken="no hit counts")
         redis.run("redis-cli", "del", "lab25_hits")
 
         def hits():
@@ -234,15 +250,14 @@ def test_sigterm_under_load_leaves_no_accepted_request_without_an_answer(image, 
         with container(image, "--network", network, wait=False, command=command) as client:
             docker("start", client.name)
             eventually(lambda: "asking" in client.log())
-            eventually(lambda: hits() > 100)
+            eventually(lambda: hits() > 100, broken="fewer than 100 hits are counted")
             docker("stop", web.name)
-            assert (
-                web.inspect()["State"]["ExitCode"] == 0
-            )  # not killed, as what needs ten seconds is
+            status = web.inspect()["State"]["ExitCode"]
+            assert status == 0, f"`docker stop` under load ended it with status {status}"
             docker("wait", client.name)
             outcomes = json.loads(
                 client.log().removeprefix("asking\n")
             )  # a traceback would be no JSON
         counted_hits = hits()
-    assert outcomes["counted"] == counted_hits
-    assert outcomes.get("closed", 0) <= 16
+    assert outcomes["counted"] == counted_hits, f"{counted_hits} counted, answered: {outcomes}"
+    assert outcomes.get("closed", 0) <= 16, f"too many got no answer: {outcomes}"

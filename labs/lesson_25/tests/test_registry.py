@@ -38,6 +38,15 @@ def deploy(registry, tmp_path):
     remove_images(registry.address)
 
 
+def runs(stack, version, image, hit):
+    """Fail unless the stack runs this version, by this name of the image, and goes on counting."""
+    shown = stack.get("/health").json["version"]
+    assert shown == version, f"{image} runs as version {shown}, not {version}"
+    named = stack.container("web").inspect()["Config"]["Image"]
+    assert named == image, f"the stack runs {named}, not {image}"
+    assert (number := stack.hits()) == hit, f"hit {hit} has the number {number}"
+
+
 def test_deploys_each_published_tag_and_dev_by_default(registry, deploy, image):
     tags = ["main", "sha-0a1b2c3", "latest"]
     registry.push(image, OWNER, "dev", *tags)
@@ -49,9 +58,7 @@ def test_deploys_each_published_tag_and_dev_by_default(registry, deploy, image):
         remove_images(registry.address)
     stack = deploy()
     stack.up()
-    assert stack.get("/health").json["version"] == "0a1b2c3"
-    assert stack.hits() == 1
-    assert stack.container("web").inspect()["Config"]["Image"] == registry.name(OWNER, "dev")
+    runs(stack, "0a1b2c3", registry.name(OWNER, "dev"), hit=1)
 
 
 def test_takes_a_newer_image_of_the_same_tag_and_goes_back_by_digest(registry, deploy, image):
@@ -60,12 +67,10 @@ def test_takes_a_newer_image_of_the_same_tag_and_goes_back_by_digest(registry, d
     docker("tag", image, registry.name(OWNER, "moving"))  # which the machine still has
     stack = deploy("moving")
     stack.up()
-    assert stack.get("/health").json["version"] == "newer"
-    assert stack.hits() == 1
+    runs(stack, "newer", registry.name(OWNER, "moving"), hit=1)
     stack = deploy(f"moving@{old}")
     stack.up()
-    assert stack.get("/health").json["version"] == "0a1b2c3"
-    assert stack.hits() == 2
+    runs(stack, "0a1b2c3", registry.name(OWNER, f"moving@{old}"), hit=2)
 
 
 def test_changing_from_the_local_file_keeps_the_counter(registry, deploy, image, tmp_path):
@@ -73,9 +78,8 @@ def test_changing_from_the_local_file_keeps_the_counter(registry, deploy, image,
     published = deploy()
     local = Stack(tmp_path, LOCAL_FILE, web=f"    image: {image}\n", project=published.project)
     local.up()
-    assert [local.hits() for _ in range(2)] == [1, 2]
+    runs(local, "0a1b2c3", image, hit=1)
     published.up()
-    assert published.hits() == 3
-    assert published.container("web").inspect()["Config"]["Image"] == registry.name(OWNER, "dev")
+    runs(published, "0a1b2c3", registry.name(OWNER, "dev"), hit=2)
     local.up()
-    assert local.hits() == 4
+    runs(local, "0a1b2c3", image, hit=3)

@@ -201,8 +201,8 @@ class Container:
         result = docker("logs", self.name)
         return result.stdout + result.stderr
 
-    def wait_for(self, condition, seconds=PATIENCE_SECONDS):
-        """Return the first true result of `condition`; fail with the log, soon if it ended."""
+    def wait_for(self, condition, seconds=PATIENCE_SECONDS, **broken):
+        """Return what `eventually` does; fail with the log, and soon if the container ended."""
         next_look = time.monotonic() + 1
 
         def true_while_it_runs():
@@ -214,7 +214,7 @@ class Container:
             return condition()
 
         try:
-            return eventually(true_while_it_runs, seconds)
+            return eventually(true_while_it_runs, seconds, **broken)
         except AssertionError as failure:
             raise AssertionError(f"{failure}; its log:\n{self.log()}") from None
 
@@ -240,7 +240,7 @@ def container(image, *options, command=(), port_inside=8080, wait=True):
         docker("create", "--name", name, *options, image, *command)
         if wait:
             docker("start", name)
-            made.wait_for(lambda: made.get("/health"), 30)
+            made.wait_for(lambda: made.get("/health"), broken=f"{image} does not answer /health")
         yield made
     finally:
         docker("rm", "--force", "--volumes", name)
@@ -256,7 +256,7 @@ def redis_in(network, *options):
     """Yield the Container of a Redis that answers in this network."""
     with container(REDIS, "--network", network, *options, wait=False) as made:
         docker("start", made.name)
-        made.wait_for(lambda: ping(made))
+        made.wait_for(lambda: ping(made), broken="a Redis of the tests does not answer a PING")
         yield made
 
 
@@ -341,7 +341,7 @@ class Stack:
 
     def hits(self):
         """Return the number of the next hit, once there is one."""
-        return eventually(lambda: counted(self.get()))
+        return eventually(lambda: counted(self.get()), broken="the stack counts no hit")
 
 
 @contextlib.contextmanager
