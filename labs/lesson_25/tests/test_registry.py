@@ -35,7 +35,7 @@ def deploy(registry, tmp_path):
 
     yield stack
     stack().down("--volumes")
-    remove_images(registry.address)
+    remove_images(f"{registry.address}/{OWNER}")  # not those of a reader of the texts
 
 
 def runs(stack, version, image, hit):
@@ -55,7 +55,7 @@ def test_deploys_each_published_tag_and_dev_by_default(registry, deploy, image):
         stack.compose("pull", "--quiet", "web")
         named = stack.compose("config", "--images").stdout.split()
         assert registry.name(OWNER, tag) in named, f"with IMAGE_TAG={tag} the images are {named}"
-        remove_images(registry.address)
+        remove_images(f"{registry.address}/{OWNER}")
     stack = deploy()
     stack.up()
     runs(stack, "0a1b2c3", registry.name(OWNER, "dev"), hit=1)
