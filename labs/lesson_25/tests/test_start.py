@@ -86,7 +86,7 @@ def start(tmp_path):
     """A function that starts the service, waits until it serves, and returns it."""
     with contextlib.ExitStack() as started:
 
-        def run(command=COMMAND, **settings):
+        def run(command=COMMAND, address="127.0.0.1", **settings):
             port = int(settings.setdefault("PORT", str(free_port())))
             log = tmp_path / f"{port}.log"
             with log.open("w") as output:
@@ -104,15 +104,25 @@ def start(tmp_path):
 
             def connects():
                 assert process.poll() is None, f"the service has ended: {service.log}"
-                return not socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return not socket.create_connection((address, port), timeout=1).close()
 
-            eventually(connects, every=0.02)
+            eventually(connects, every=0.02, broken=f"nothing listens on {address}")
             return service
 
         yield run
 
 
-# What it says when it starts
+# Where it listens, and what it says when it starts
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("", "127.0.0.1"), ("localhost", "localhost"), ("::", "::1")]
+)
+def test_listens_where_host_says(start, host, address):
+    service = start(HOST=host, address=address)
+    if host != "::":
+        with pytest.raises(OSError):  # only this machine reaches it
+            socket.create_connection(("127.0.0.2", service.port), timeout=5).close()
 
 
 def test_a_bad_value_ends_the_process_with_one_line():
