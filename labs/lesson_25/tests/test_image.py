@@ -534,7 +534,7 @@ def test_its_health_is_asked_often_enough_and_not_for_ever(image):
 # else with another. Runs the health check meanwhile. Does so for each case that it is given, and
 # prints a list: the exit status, or null where it did not end, and the last line that was printed.
 CHECK_HEALTH = """
-import http.server, json, os, socket, socketserver, subprocess, sys, threading, time
+import http.server, json, os, socket, socketserver, subprocess, sys, tempfile, threading, time
 command, cases = json.loads(sys.argv[1])
 results = []
 for settings, address, port, status in cases:
@@ -552,14 +552,17 @@ for settings, address, port, status in cases:
         allow_reuse_address = daemon_threads = True
     with Server((address, port), Answer) as server:
         threading.Thread(target=server.serve_forever, args=[0.01]).start()
-        check = subprocess.Popen(command, env=os.environ | settings, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said = tempfile.TemporaryFile("w+")  # a pipe would wait for what a killed shell has started
         try:
-            printed = check.communicate(timeout=10)[0].splitlines()
-            results.append([check.returncode, printed[-1] if printed else "it printed nothing"])
+            check = subprocess.run(command, env=os.environ | settings, timeout=10,
+                                   stdout=said, stderr=subprocess.STDOUT)
+            said.seek(0)
+            lines = said.read().splitlines() or ["it printed nothing"]
+            results.append([check.returncode, lines[-1]])
         except subprocess.TimeoutExpired:
-            check.kill()
             results.append([None, "it did not end"])
+        except OSError as error:  # such a program is not in the image
+            results.append([127, str(error)])
         server.shutdown()
 print(json.dumps(results))
 """
