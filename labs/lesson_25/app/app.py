@@ -1,323 +1,293 @@
-"""A hit counter on Redis, and a /health that answers with or without it.
+"""A hit counter on Redis: the routes, how they call Redis, the client, the settings.
 
-This file is the service: its settings, how it asks Redis, and what it answers. It needs no other
-file: `python app.py` runs it in Flask's development server. In production serve.py starts it and
-adds a circuit breaker, so that requests need not wait for a Redis that is known to be away.
+`python app.py` runs it in Flask's development server. In production serve.py starts it.
 """
 
+import ipaddress
 import os
 import re
 import socket
+import sys
+import threading
 import time
-from typing import NamedTuple
 
 from flask import Flask, request
 from werkzeug.exceptions import HTTPException
 
 try:
     import redis
-except ImportError:  # the service runs without the package, but cannot count
+except ImportError:
     redis = None
 
-# The limit on each wait for Redis. How long one request may wait, at worst:
-#
-#   0.5 s   on an open connection: for the answer
-#   3.5 s   on a new connection: 1 s for the look-up of the name (serve.py sets this limit), and
-#           0.5 s each for the connection, TLS, AUTH, SELECT and the answer
-#
-# It is more where several name servers, or several addresses of the name, are tried in turn. In
-# production a request may also have to wait for a free thread of its worker (see THREADS in
-# serve.py).
-WAIT_SECONDS = 0.5
-
-HITS_KEY = "lab25_hits"
-MAX_DB = 2**31 - 1  # Redis keeps the number of a database in a C int
-MAX_REASON_CHARACTERS = 200  # some error messages of Redis fill a page
-
-
-# --- Settings: environment variables. An empty one counts as unset. A new setting is read where it
-# --- is used, by one of these functions. If a bad value has to stop the start, it is checked there,
-# --- too: main() in serve.py checks the server's settings, checks.py those of Redis.
-
-
-def setting(name, default=None):
-    """Return the environment variable `name`, or `default` where it is unset or empty."""
-    return os.environ.get(name) or default
-
-
-def whole_number(name, default, lowest, highest):
-    """Return the setting `name` as an integer.
-
-    Raises ValueError, with a sentence for the user, where it is not a number in this range.
-    """
-    text = setting(name, str(default))
-    if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
-        return int(text)
-    raise ValueError(
-        f"{name} is {text!r}: it must be a whole number from {lowest} to {highest}"
-        f" (default {default})"
-    )
-
-
-def redis_password():
-    """Return the password for Redis, or None where none is set.
-
-    Raises ValueError where REDIS_PASSWORD_FILE is set and no password can be read from it.
-    """
-    path = setting("REDIS_PASSWORD_FILE")
-    if path is None:
-        return setting("REDIS_PASSWORD")
-    message = f"REDIS_PASSWORD_FILE is {path!r}: it must be a file with the password"
-    try:
-        with open(path, encoding="utf-8") as file:
-            password = file.read().rstrip("\r\n")
-    except OSError as error:
-        raise ValueError(f"{message} ({error.strerror})") from None
-    except UnicodeError:
-        raise ValueError(f"{message} (it is not UTF-8 text)") from None
-    if not password:
-        raise ValueError(f"{message} (it is empty)")
-    return password
-
-
-def redis_is_configured():
-    """Return whether the settings say where Redis is. If not, the service does not count."""
-    return bool(setting("REDIS_URL") or setting("REDIS_HOST"))
-
-
-# --- The Redis client
-
-_redis_client = None  # made when it is first needed
-_passwords = set()  # of all clients: failure_of, below, hides them in error messages
-
-
-def get_redis_client():
-    """Return this process's Redis client. It may not be connected yet.
-
-    Returns None where Redis is not configured or the package redis is missing. Raises ValueError
-    where a setting cannot be used.
-    """
-    global _redis_client
-    if redis is None:
-        return None
-    if _redis_client is None:
-        # Without serve.py, two threads may both come here and make a client each. Both clients
-        # work, and the later one is kept.
-        _redis_client = make_redis_client()
-    return _redis_client
-
-
-def make_redis_client():
-    """Return a new client, not connected, or None where Redis is not configured.
-
-    Raises ValueError where a setting cannot be used.
-    """
-    if setting("REDIS_URL"):
-        return client_for_url(setting("REDIS_URL"))
-    if setting("REDIS_HOST"):
-        return client_for_host(setting("REDIS_HOST"))
-    return None
-
-
-def client_for_host(host):
-    """Return a client for the Redis at this host, REDIS_PORT and REDIS_DB. Raises ValueError."""
-    port = whole_number("REDIS_PORT", 6379, 1, 65535)
-    db = whole_number("REDIS_DB", 0, 0, MAX_DB)
-    return redis.Redis(host=host, port=port, db=db, **client_options())
-
-
-def client_for_url(url):
-    """Return a client for the Redis at this address. Raises ValueError.
-
-    An option in the address wins over ours: `?socket_timeout=60` would make a request wait for a
-    minute. In production checks.py refuses an address with such an option.
-    """
-    options = client_options()
-    try:
-        client = redis.Redis.from_url(url, **options)
-    except Exception:  # the error's own text is not shown: it may hold a part of the password
-        raise bad_url("it is no address, or an option has a wrong value") from None
-    password = client.get_connection_kwargs().get("password")  # it may be in the address
-    if password:
-        _passwords.add(password)
-    return client
-
-
-def bad_url(problem):
-    """Return the exception for a REDIS_URL that cannot be used."""
-    return ValueError(
-        f"REDIS_URL cannot be used: {problem}. It must look like"
-        " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
-    )
-
-
-def client_options():
-    """Return the options that every client is made with. Raises ValueError."""
-    password = redis_password()
-    if password:
-        _passwords.add(password)
-    return {
-        "password": password,
-        "socket_connect_timeout": WAIT_SECONDS,
-        "socket_timeout": WAIT_SECONDS,
-        # No retries: an INCR without an answer may have counted, and sent again it would count
-        # twice. After such an INCR redis-py closes the connection, so that no later hit can read
-        # the late answer.
-        "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        # With these two a new connection sends no HELLO and no CLIENT SETINFO, which would be
-        # two more waits.
-        "protocol": 2,
-        "driver_info": None,
-    }
-
-
-# --- Questions to Redis. Each is a function of a client.
-
-
-def count_hit(client):
-    """Count one hit and return its number. Raises what redis-py raises, or TypeError."""
-    return check_count(client.incr(HITS_KEY))
-
-
-def check_count(answer):
-    """Return the answer to an INCR. Raises TypeError where it is not a number.
-
-    A server that is no Redis may answer with a text, and redis-py returns that.
-    """
-    if type(answer) is not int:  # isinstance would take True for a number
-        raise TypeError(f"INCR was answered with {answer!r}: is that a Redis?")
-    return answer
-
-
-def ping(client):
-    """Return True if Redis answers. Raises what redis-py raises, or TypeError."""
-    try:
-        answer = client.ping()
-    except redis.exceptions.NoPermissionError:
-        return True  # Redis has answered: this user may not ask for a PING
-    if not answer:
-        raise TypeError(f"PING was answered with {answer!r}: is that a Redis?")
-    return True
-
-
-# --- Asking a question
-
-
-class Failure(NamedTuple):
-    """Why a question has no answer: the kind of the failure, and one line of text about it."""
-
-    kind: str
-    reason: str
-
-
-# The circuit breaker: an object of watch.py, which serve.py sets in each worker process. Its
-# `outage` is a Failure, or None while all is well. Without a breaker every request asks Redis.
-breaker = None
-
-
-def ask_redis(question):
-    """Ask Redis a question. In an outage, return the reason of the outage instead, at once.
-
-    Returns (answer, None) or (None, failure). Where Redis is not configured, which is no failure,
-    it returns (None, None). Never raises.
-
-    Any exception from the question counts as a failure of Redis, and begins an outage. So a
-    question about another key has to catch what only concerns that key, such as a value of the
-    wrong type (README.md shows how).
-    """
-    if breaker is None:
-        return ask_redis_now(question)
-    outage = breaker.outage  # read once, because other threads change it
-    if outage:
-        return None, outage
-    answer, failure = ask_redis_now(question)
-    if failure:
-        breaker.begin_outage(failure)
-    return answer, failure
-
-
-def ask_redis_now(question):
-    """Ask Redis a question, whether there is an outage or not. Returns what ask_redis returns."""
-    if redis is None and redis_is_configured():
-        return None, Failure("ImportError", "the Python package redis is not installed")
-    try:
-        client = get_redis_client()
-        if client is None:  # Redis is not configured
-            return None, None
-        return question(client), None
-    except Exception as error:  # not only RedisError: a server that is no Redis causes others
-        return None, failure_of(error)
-
-
-def failure_of(error):
-    """Return an exception as a Failure: in one short line, without a password."""
-    kind = type(error).__name__
-    text = str(error)
-    # A server that does not know the command AUTH answers: "unknown command 'AUTH', with args
-    # beginning with: " and then the password, or only its beginning, which the loop below would
-    # not find. So this end of the text is cut off.
-    text = text.partition(", with args beginning with")[0]
-    for password in list(_passwords):  # a copy, because another thread may add one
-        text = text.replace(password, "***")
-    # The kind comes first, because not every text says what happened: that of a MovedError is
-    # "3035 172.19.0.4:6379".
-    reason = f"{kind}: {text}"
-    one_line = " ".join(reason.split())
-    return Failure(kind, one_line[:MAX_REASON_CHARACTERS])
-
-
-# --- Answers to requests. For a new route that uses Redis, write its question above and the route
-# --- here. A metric belongs here, too, in a function for Flask's after_request. Every worker
-# --- process counts for itself: prometheus_client adds them up in its "multiprocess mode".
-
 app = Flask(__name__, static_folder=None)
-# When the service started. serve.py hands the time of its own start to every worker, also to one
-# that is started later.
+# Worker processes are forks of the one that imports this file, so all report the same uptime.
 start_time = time.monotonic()
+
+# --- Routes
 
 
 @app.get("/")
 def index():
-    """Return the greeting and the number of this hit. A HEAD request is not a hit."""
+    """Count one hit and return its number. A HEAD request gets here too, and is not a hit."""
+    hit_count, redis_error = None, None
     if request.method == "GET":
-        hit_count, failure = ask_redis(count_hit)
-    else:
-        hit_count, failure = None, None
+        hit_count, redis_error = call_redis(add_hits, 1)
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.host,
+        "host": request.headers.get("Host"),  # request.host drops a name with an underscore
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
-        "redis_error": failure.reason if failure else None,
+        "redis_error": redis_error,
     }
 
 
 @app.get("/health")
 def health():
-    """Return status 200 with or without Redis: it says that this process can serve."""
-    redis_answers, _ = ask_redis(ping)
+    """Return status 200 while this process can serve, with or without Redis."""
+    # Adding 0 fails whenever a hit fails. A PING can succeed although Redis accepts no hits.
+    hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
         "uptime_seconds": int(time.monotonic() - start_time),
         "hostname": socket.gethostname(),
         "env": setting("LAB_ENV", "dev"),
-        "redis_ok": bool(redis_answers),
+        "redis_ok": hit_count is not None,
         "version": setting("BUILD_VERSION", "dev"),
         "build_date": setting("BUILD_DATE", "unknown"),
     }
+
+
+@app.after_request
+def forbid_caching(response):
+    """Keep a cache on the way from giving one number to two visitors."""
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
     """Return an error as JSON, with its status and its headers (405 has Allow).
 
-    For an unexpected exception Flask logs the traceback and calls this with a plain 500.
+    After an exception in a route, Flask logs the traceback and calls this with a plain 500.
     """
-    # Not the Content-Type of the error: that is HTML, and the answer is JSON.
     headers = [(name, value) for name, value in error.get_headers() if name != "Content-Type"]
     return {"error": error.description}, error.code, headers
 
 
+# --- How the routes call Redis
+
+
+def add_hits(client, amount):
+    """Add this many hits to the counter and return it. Raise RedisError if it is not a number."""
+    count = client.incr("lab25_hits", amount)
+    if not isinstance(count, int):  # a server that is not Redis may reply with a text
+        raise redis.RedisError(f"the counter must be a number, got {count!r}; is this Redis?")
+    return count
+
+
+def call_redis(operation, *arguments):
+    """Return (operation(client, *arguments), None), or (None, reason) if Redis fails.
+
+    Return (None, None) if no Redis is configured. Any other exception of the operation is a bug: it
+    is raised, and makes this one request a 500.
+    """
+    try:
+        client = get_redis_client()
+    except ValueError as error:  # only if nothing checked the settings at startup
+        return None, describe(error)
+    if client is None:
+        return None, None
+    return breaker.call(client, operation, *arguments)
+
+
+class CircuitBreaker:
+    """Spares requests the wait for a Redis that fails.
+
+    Closed, it runs every operation. A failure opens it. Open, it returns the reason at once, except
+    that once a second one call runs its operation: the trial. A success closes it.
+
+    An operation may end late, when the breaker has changed. If it fails, it opens the breaker again
+    although Redis works, until the next trial. If it succeeds, it closes the breaker although Redis
+    fails, until the next failure.
+    """
+
+    def __init__(self):
+        self._reason = None  # why it is open; None while it is closed
+        self._next_trial = 0.0  # in seconds of time.monotonic()
+        self._state_lock = threading.Lock()  # held while these two change
+        self._trial_lock = threading.Lock()  # held while a trial runs, so there is only one
+
+    def call(self, client, operation, *arguments):
+        """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
+        reason = self._reason  # read once, because other threads change it
+        if reason is None:
+            return self._run(client, operation, *arguments)
+        if not self._trial_lock.acquire(blocking=False):
+            return None, reason
+        try:
+            if time.monotonic() < self._next_trial:
+                return None, reason
+            return self._run(client, operation, *arguments)
+        finally:
+            self._trial_lock.release()
+
+    def _run(self, client, operation, *arguments):
+        try:
+            result = operation(client, *arguments)
+        except (redis.RedisError, OSError, UnicodeError) as error:  # Unicode: an impossible host
+            reason = describe(error)
+            self._set_reason(reason)
+            # The name of Redis may have a new address. Only a new connection looks it up.
+            if hasattr(client, "connection_pool"):  # not every client that a test puts here has it
+                client.connection_pool.disconnect(inuse_connections=False)
+            return None, reason
+        self._set_reason(None)
+        return result, None
+
+    def _set_reason(self, reason):
+        with self._state_lock:
+            previous = self._reason
+            self._reason = reason
+            self._next_trial = time.monotonic() + 1
+        # Without the lock, or a log that is stuck would stop all requests.
+        if reason and not previous:
+            app.logger.warning("Redis failed, hits are not counted: %s", reason)
+        if previous and not reason:
+            app.logger.warning("Redis is back, hits are counted again")
+
+
+breaker = CircuitBreaker()
+
+
+def describe(error):
+    """Return an exception as one line of at most 200 characters, without the password."""
+    # Redis quotes a command that it does not know. After AUTH, that is a part of the password.
+    text = str(error).partition(", with args beginning with")[0]
+    if _redis_password:
+        text = text.replace(_redis_password, "***")
+    one_line = " ".join(f"{type(error).__name__}: {text}".split())
+    return one_line[:200]
+
+
+# --- The Redis client
+
+# The limit of each step of an operation. All of them together take, at worst:
+#
+#     1.0 s  to look up the name of Redis (see limit_name_lookup)
+#     2.0 s  to connect, and for TLS, a password and a database other than 0
+#     0.5 s  for the reply
+#
+# A second name server, or address of the name, adds its own. A frozen Redis costs the first reply
+# only: it still accepts connections.
+STEP_SECONDS = 0.5
+
+_redis_client = None  # created when it is first needed
+_redis_password = None  # its password, which no message may show
+
+
+def get_redis_client():
+    """Return the client of this process, or None if no Redis is configured. It connects later.
+
+    Raise ValueError if a setting cannot be used, or if the package redis is missing.
+    """
+    global _redis_client
+    if _redis_client is None and (setting("REDIS_URL") or setting("REDIS_HOST")):
+        if redis is None:
+            raise ValueError("REDIS_HOST or REDIS_URL is set, but the package redis is missing")
+        _redis_client = create_redis_client()
+    return _redis_client
+
+
+def create_redis_client():
+    """Return a client for REDIS_URL or REDIS_HOST. Raise ValueError if a setting is bad."""
+    global _redis_password
+    _redis_password = redis_password()
+    options = {
+        "password": _redis_password,
+        "socket_connect_timeout": STEP_SECONDS,
+        "socket_timeout": STEP_SECONDS,
+        # No retry: a hit that got no reply may have been counted, and would be counted twice.
+        "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+        # Without these two, a new connection starts with two more steps.
+        "protocol": 2,
+        "driver_info": None,
+    }
+    if not setting("REDIS_URL"):
+        host = redis_host()
+        port = whole_number("REDIS_PORT", 6379, 1, 65535)
+        db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
+        return redis.Redis(host=host, port=port, db=db, **options)
+    try:
+        client = redis.Redis.from_url(setting("REDIS_URL"), **options)
+        # redis-py checks some options only when it creates a connection. This one stays closed.
+        client.connection_pool.connection_class(**client.get_connection_kwargs())
+    except Exception:  # its message is not shown: it may contain a part of the password
+        raise ValueError(
+            "REDIS_URL must be an address that redis-py can use, such as"
+            " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
+        ) from None
+    _redis_password = client.get_connection_kwargs().get("password")
+    return client
+
+
+# --- Settings: environment variables. An empty one counts as unset.
+
+
+def setting(name, default=None):
+    """Return the environment variable, or the default if it is unset or empty."""
+    return os.environ.get(name) or default
+
+
+def whole_number(name, default, lowest, highest):
+    """Return a setting as an integer. Raise ValueError if it is not one in this range."""
+    text = setting(name, str(default))
+    if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
+        return int(text)
+    raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {text!r}")
+
+
+def redis_host():
+    """Return REDIS_HOST. Raise ValueError if it has a colon and is not an IPv6 address."""
+    host = setting("REDIS_HOST")
+    try:
+        if ":" in host:
+            ipaddress.IPv6Address(host)
+    except ValueError:  # the value is not shown: it may contain a password
+        raise ValueError(
+            "REDIS_HOST must be a host name or an IP address;"
+            " a port belongs in REDIS_PORT, a user or a password in REDIS_URL"
+        ) from None
+    return host
+
+
+def redis_password():
+    """Return the password for Redis, or None. Raise ValueError if its file cannot be used."""
+    path = setting("REDIS_PASSWORD_FILE")
+    if path is None:
+        return setting("REDIS_PASSWORD")
+    problem = f"REDIS_PASSWORD_FILE must be a file with one line, the password, got {path!r}"
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{problem}: {error}") from None
+    if len(lines) != 1 or not lines[0]:
+        raise ValueError(f"{problem} with {len(lines)} lines")
+    return lines[0]
+
+
+def limit_name_lookup():
+    """Have the C library try a name server once, for a second. Its own limit is ten seconds."""
+    user_options = setting("RES_OPTIONS", "")  # they come last, so they override ours
+    os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
+
+
 if __name__ == "__main__":
-    app.run(host=setting("HOST", "127.0.0.1"), port=whole_number("PORT", 8080, 1, 65535))
+    limit_name_lookup()
+    try:
+        get_redis_client()
+        port = whole_number("PORT", 8080, 1, 65535)
+    except ValueError as error:
+        sys.exit(str(error))
+    app.run(host=setting("HOST", "127.0.0.1"), port=port)
