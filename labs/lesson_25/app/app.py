@@ -20,8 +20,8 @@ except ImportError:  # get_redis_client reports it, if a Redis is configured
     redis = None
 
 app = Flask(__name__, static_folder=None)
-# serve.py imports this file and creates the Redis client in one process, then forks the workers.
-# So all workers have the same start time, but each has connections and a breaker of its own.
+# serve.py forks its worker processes after the import of this file, so all share this time. Each
+# has its own breaker and its own connections to Redis.
 start_time = time.monotonic()
 
 # --- Routes
@@ -36,7 +36,7 @@ def index():
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.headers.get("Host"),  # request.host is empty for a name like lab25_web
+        "host": request.headers.get("Host"),  # request.host is empty if it has an underscore
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -46,8 +46,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # Redis refuses to add 0 whenever it refuses a hit. It may still answer a PING, for example if
-    # its disk is full.
+    # Adding 0 hits fails whenever counting a hit fails. A PING would succeed, for example, while
+    # Redis has no room on its disk.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -69,11 +69,8 @@ def forbid_caching(response):
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an error as JSON, with its status and its headers (405 has Allow).
-
-    If a route raises another exception, Flask logs the traceback and calls this with a 500.
-    """
-    headers = dict(error.get_headers())
+    """Return an error as JSON. Flask logs any other exception, and calls this with a 500."""
+    headers = dict(error.get_headers())  # a 405 has Allow
     del headers["Content-Type"]  # that of an HTML page
     return {"error": error.description}, error.code, headers
 
@@ -82,7 +79,7 @@ def error_as_json(error):
 
 
 def add_hits(client, amount):
-    """Add to the counter and return the new count. Raise RedisError if there is none."""
+    """Add to the counter and return the new count. Raise RedisError if the reply is none."""
     count = client.incr("lab25_hits", amount)
     if not isinstance(count, int):  # a server that is not Redis may reply with a text
         raise redis.RedisError(f"the count must be a number, got {count!r}; is this Redis?")
@@ -97,7 +94,7 @@ def call_redis(operation, *arguments):
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # serve.py has ruled this out at startup, other servers have not
+    except ValueError as error:  # if the settings were not checked at startup
         return None, describe(error)
     if client is None:
         return None, None
@@ -111,9 +108,9 @@ class CircuitBreaker:
     open, calls return the reason at once. Only one call a second runs its operation, as a trial. If
     that succeeds, the breaker closes.
 
-    An operation that started before such a change may end after it. If it fails then, it opens the
-    breaker although Redis works, until the next trial. If it succeeds, it closes the breaker
-    although Redis fails, until the next failure.
+    A slow operation can end after such a change. Its late failure opens the breaker although Redis
+    works, until the next trial. Its late success closes it although Redis fails, until the next
+    failure.
     """
 
     def __init__(self):
@@ -125,36 +122,40 @@ class CircuitBreaker:
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
         with self._lock:
-            is_trial = self._reason is not None
-            if is_trial:
-                if self._trial_is_running or time.monotonic() < self._next_trial:
-                    return None, self._reason
-                self._trial_is_running = True
+            is_open = self._reason is not None
+            if is_open and (self._trial_is_running or time.monotonic() < self._next_trial):
+                return None, self._reason
+            self._trial_is_running = is_open
         try:
             result = operation(client, *arguments)
-            self._set_reason(None)
-            return result, None
-        # The system raises OSError, and the look-up of an impossible name (a..b) UnicodeError.
         except (redis.RedisError, OSError, UnicodeError) as error:
+            # OSError comes from the network, UnicodeError from an impossible host name like a..b.
             reason = describe(error)
-            self._set_reason(reason)
-            # The name of Redis may have a new address: the next operation has to connect again.
-            if hasattr(client, "connection_pool"):  # a test may use a simpler client
+            self._open(reason)
+            # Idle connections lead to an address that Redis may have left. A new one looks it up.
+            if hasattr(client, "connection_pool"):  # tests may put a simpler client in place
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
-        finally:  # even after a bug in the operation, or no trial would ever follow
-            if is_trial:
-                self._trial_is_running = False
+        finally:  # also after a bug in the operation, or no other trial would ever follow
+            if is_open:
+                with self._lock:
+                    self._trial_is_running = False
+        self._close()
+        return result, None
 
-    def _set_reason(self, reason):
+    def _open(self, reason):
         with self._lock:
-            previous = self._reason
+            was_closed = self._reason is None
             self._reason = reason
             self._next_trial = time.monotonic() + 1
-        # The log is written after the lock is released, because it can be slow.
-        if reason and not previous:
+        if was_closed:  # logged after the lock is released, because a log can be slow
             app.logger.warning("Redis failed, hits are not counted: %s", reason)
-        if previous and not reason:
+
+    def _close(self):
+        with self._lock:
+            was_open = self._reason is not None
+            self._reason = None
+        if was_open:
             app.logger.warning("Redis is back, hits are counted again")
 
 
@@ -163,19 +164,19 @@ breaker = CircuitBreaker()
 
 # --- The Redis client
 
-# The limit of each step of an operation. One operation takes at most:
+# The limit of each step of an operation. A frozen Redis still accepts connections, so it takes up
+# one step: the wait for its first reply. At worst an operation has all of these:
 #     1.0 s  to look up the name of Redis (see limit_name_lookup)
 #     0.5 s  to connect
 #     0.5 s  for TLS
 #     0.5 s  to log in with a password
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
-#     3.5 s  in all, and more if the name has several servers or addresses
-# A frozen Redis takes 0.5 s: it still accepts connections, but sends no reply.
+#     3.5 s  in all; every further name server, and every further address of the name, adds its own
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed
-_redis_password = None  # what describe must hide
+_redis_password = None  # its password, so that no message shows it
 
 
 def get_redis_client():
@@ -192,11 +193,11 @@ def get_redis_client():
 
 
 def create_redis_client():
-    """Return a client for REDIS_URL, or else REDIS_HOST. Raise ValueError for a bad setting."""
+    """Return a client for REDIS_URL, or else for REDIS_HOST. Raise ValueError for a bad setting."""
     global _redis_password
-    _redis_password = redis_password()
+    password = read_redis_password()
     options = {
-        "password": _redis_password,
+        "password": password,
         "socket_connect_timeout": STEP_SECONDS,
         "socket_timeout": STEP_SECONDS,
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
@@ -205,35 +206,56 @@ def create_redis_client():
         "protocol": 2,
         "driver_info": None,
     }
-    if not setting("REDIS_URL"):
-        host = redis_host()
-        port = whole_number("REDIS_PORT", 6379, 1, 65535)
-        db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
-        return redis.Redis(host=host, port=port, db=db, **options)
+    if setting("REDIS_URL"):
+        client = client_for_url(setting("REDIS_URL"), options)
+        password = client.get_connection_kwargs().get("password")
+    else:
+        client = client_for_host(setting("REDIS_HOST"), options)
+    _redis_password = password
+    return client
+
+
+def client_for_url(url, options):
+    """Return a client for this address, whose own options override ours. Raise ValueError."""
     try:
-        # What the URL sets overrides our options.
-        client = redis.Redis.from_url(setting("REDIS_URL"), **options)
-        url_options = client.get_connection_kwargs()
-        # redis-py rejects some options only here. This connection is not opened.
-        client.connection_pool.connection_class(**url_options)
+        client = redis.Redis.from_url(url, **options)
+        # redis-py checks the rest when it creates a connection. This one is never opened.
+        client.connection_pool.connection_class(**client.get_connection_kwargs())
     except Exception:  # its message is not shown, because it may contain the password
         raise ValueError(
             "REDIS_URL must be an address that redis-py can use, such as"
             " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
         ) from None
-    _redis_password = url_options.get("password")
     return client
+
+
+def client_for_host(host, options):
+    """Return a client for this host, REDIS_PORT and REDIS_DB. Raise ValueError."""
+    if ":" in host and not is_ipv6_address(host):
+        # The value is not shown, because it may contain a password.
+        raise ValueError("REDIS_HOST must be a host name or an IP address, without a port")
+    port = whole_number("REDIS_PORT", 6379, 1, 65535)
+    db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
+    return redis.Redis(host=host, port=port, db=db, **options)
+
+
+def is_ipv6_address(text):
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # Redis replies to an unknown command with the start of its arguments, which is the start of the
-    # password if the command is AUTH.
+    # A server without AUTH replies "unknown command 'AUTH', with args beginning with: 'secr". That
+    # end has the start of the password, so it is cut off.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")
-    one_line = " ".join(f"{type(error).__name__}: {text}".split())
-    return one_line[:200]
+    words = f"{type(error).__name__}: {text}".split()
+    return " ".join(words)[:200]
 
 
 # --- Settings: environment variables. An empty one counts as unset.
@@ -247,23 +269,13 @@ def setting(name, default=None):
 def whole_number(name, default, lowest, highest):
     """Return a setting as an integer. Raise ValueError if it is not one in this range."""
     text = setting(name, str(default))
+    # int() alone would also accept " 80", "8_0" and "²".
     if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
         return int(text)
     raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {text!r}")
 
 
-def redis_host():
-    """Return REDIS_HOST. Raise ValueError if it has a colon and is not an IPv6 address."""
-    host = setting("REDIS_HOST")
-    try:
-        if ":" in host:
-            ipaddress.IPv6Address(host)
-    except ValueError:  # the value is not shown, because it may contain a password
-        raise ValueError("REDIS_HOST must be a host name or an IP address, no port") from None
-    return host
-
-
-def redis_password():
+def read_redis_password():
     """Return the password for Redis, or None. Raise ValueError if its file cannot be used."""
     path = setting("REDIS_PASSWORD_FILE")
     if path is None:
@@ -281,7 +293,8 @@ def redis_password():
 
 def limit_name_lookup():
     """Make the C library give up on a name server after 1 second, instead of 10."""
-    user_options = setting("RES_OPTIONS", "")  # last, so that they override ours
+    user_options = setting("RES_OPTIONS", "")
+    # The last one of two options counts, so those of the user override ours.
     os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
 
 

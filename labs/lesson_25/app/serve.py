@@ -1,8 +1,8 @@
 """The start in production: `python serve.py` checks the settings and serves app.py with granian.
 
-granian is a parent process and its workers, which answer the requests. It replaces a worker that
-dies. On SIGTERM the workers finish the requests in flight, then all processes exit, with status 0.
-A worker that gets the signal just before it can serve misses it, and is killed after 5 s.
+granian starts worker processes, which answer the requests, and replaces a worker that dies. On
+SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. A worker
+that is just about to serve can miss the signal: granian kills it after workers_kill_timeout.
 """
 
 import multiprocessing
@@ -15,11 +15,11 @@ from granian.http import HTTP1Settings
 
 from app import get_redis_client, limit_name_lookup, setting, whole_number
 
-# With 16 workers under load, the service took 240 MB of memory and 230 processes and threads. The
-# stack files limit it to 512 MB and 512.
+# Under load, 16 workers took 240 MB of memory and 230 processes and threads. The stack files allow
+# 512 of each.
 MAX_WORKERS = 16
 
-# A worker holds at most this many connections. Most are idle, kept for a client's next request.
+# Of each worker. Most connections are idle, because clients keep one for their next request.
 MAX_CONNECTIONS = 5_000
 
 
@@ -38,13 +38,13 @@ def main():
     version = setting("BUILD_VERSION", "dev")
     print(f"lab25-web {version} on {host} port {port}, workers: {workers}", flush=True)
 
-    # A connection is an open file, and some systems start a process with a limit of 256 files.
-    # 1,000 are for all else.
-    _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_CONNECTIONS + 1_000, highest), highest))
+    # Every connection is an open file, and some systems start a process with a limit of 256.
+    _, highest_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = min(MAX_CONNECTIONS + 1_000, highest_limit)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest_limit))
 
-    # granian starts a worker as multiprocessing is told to. A fork shares the memory and start_time
-    # of this process. On macOS, and from Python 3.14 on, it is not the default.
+    # Forked workers share start_time and memory with this process. Python 3.14 and macOS do not
+    # fork unless they are told to.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -52,16 +52,18 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # How long an idle connection is kept open, in ms. A load balancer sends requests on one for
-        # 60 s, and a request that meets its end is lost. Slow headers get the same time.
-        http1_settings=HTTP1Settings(header_read_timeout=75_000),
+        # An idle connection is closed after 75 s, later than by a load balancer, most of which take
+        # 60 s. If we were first, the balancer could lose a request that it has just sent. The same
+        # limit holds for the headers of a request.
+        http1_settings=HTTP1Settings(header_read_timeout=75_000),  # ms
         backpressure=MAX_CONNECTIONS,
         workers=workers,
-        blocking_threads=8,  # requests that a worker handles at a time
+        blocking_threads=8,  # requests at a time, in each worker
         respawn_failed_workers=True,
-        workers_kill_timeout=5,  # seconds; Docker kills all processes after 10
+        workers_kill_timeout=5,  # seconds; longer than Redis takes (3.5), and Docker waits for 10
         log_level="error",  # for granian's own messages
         log_access=access_log == 1,
+        # %r, so that no path can look like a second line.
         log_access_format="%(time)s %(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     ).serve()
 
@@ -76,7 +78,8 @@ def address_to_listen_on(host, port):
     try:
         with socket.create_server((host, port), family=family) as listener:
             return listener.getsockname()[0]
-    except (OSError, TypeError, ValueError) as error:  # not OSError: characters of no host name
+    except (OSError, TypeError, ValueError) as error:
+        # TypeError and ValueError: no host has such a name.
         raise ValueError(
             "HOST and PORT must be an address of this machine and a free port,"
             f" got {host!r} and {port}: {error}"
