@@ -4,6 +4,7 @@
 """
 
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -16,12 +17,11 @@ from werkzeug.exceptions import HTTPException
 
 try:
     import redis
-except ImportError:  # get_redis_client reports it, if a Redis is configured
+except ImportError:  # get_redis_client raises ValueError if a Redis is configured
     redis = None
 
 app = Flask(__name__, static_folder=None)
-# serve.py forks its worker processes after the import of this file, so all share this time. Each
-# has its own breaker and its own connections to Redis.
+# All worker processes report the same uptime, because serve.py forks them after this line has run.
 start_time = time.monotonic()
 
 # --- Routes
@@ -36,7 +36,7 @@ def index():
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.headers.get("Host"),  # request.host is empty if it has an underscore
+        "host": request.headers.get("Host"),  # request.host is empty if the name has a "_"
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -46,8 +46,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # Adding 0 hits fails whenever counting a hit fails. A PING would succeed, for example, while
-    # Redis has no room on its disk.
+    # Redis refuses this whenever it refuses to count a hit. It may still answer a PING, for example
+    # if its disk is full.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -79,7 +79,7 @@ def error_as_json(error):
 
 
 def add_hits(client, amount):
-    """Add to the counter and return the new count. Raise RedisError if the reply is none."""
+    """Add to the counter and return the new count. Raise RedisError if the reply is no number."""
     count = client.incr("lab25_hits", amount)
     if not isinstance(count, int):  # a server that is not Redis may reply with a text
         raise redis.RedisError(f"the count must be a number, got {count!r}; is this Redis?")
@@ -94,7 +94,7 @@ def call_redis(operation, *arguments):
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # if the settings were not checked at startup
+    except ValueError as error:  # `flask run`, unlike serve.py, starts with a bad setting
         return None, describe(error)
     if client is None:
         return None, None
@@ -105,41 +105,40 @@ class CircuitBreaker:
     """Spares requests the wait for a Redis that fails.
 
     While the breaker is closed, every call runs its operation. A failure opens it. While it is
-    open, calls return the reason at once. Only one call a second runs its operation, as a trial. If
-    that succeeds, the breaker closes.
+    open, calls return the reason of that failure at once. Only one call a second runs its
+    operation, as a trial. If the trial succeeds, the breaker closes.
 
-    A slow operation can end after such a change. Its late failure opens the breaker although Redis
-    works, until the next trial. Its late success closes it although Redis fails, until the next
-    failure.
+    A slow operation may end after the breaker has changed. If it fails, the breaker opens although
+    Redis works, until the next trial. If it succeeds, the breaker closes although Redis fails,
+    until the next failure.
     """
 
     def __init__(self):
         self._lock = threading.Lock()  # held to read or change the following
         self._reason = None  # why the breaker is open; None while it is closed
         self._next_trial = 0.0  # not before this time.monotonic()
-        self._trial_is_running = False
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
         with self._lock:
-            is_open = self._reason is not None
-            if is_open and (self._trial_is_running or time.monotonic() < self._next_trial):
-                return None, self._reason
-            self._trial_is_running = is_open
+            if self._reason is not None:
+                if time.monotonic() < self._next_trial:
+                    return None, self._reason
+                self._next_trial = math.inf  # no other trial starts before this one ends
         try:
             result = operation(client, *arguments)
         except (redis.RedisError, OSError, UnicodeError) as error:
             # OSError comes from the network, UnicodeError from an impossible host name like a..b.
             reason = describe(error)
             self._open(reason)
-            # Idle connections lead to an address that Redis may have left. A new one looks it up.
-            if hasattr(client, "connection_pool"):  # tests may put a simpler client in place
+            # Redis may have moved. Without idle connections, the next operation looks up its name.
+            if hasattr(client, "connection_pool"):  # a simple client, made for a test, has none
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
-        finally:  # also after a bug in the operation, or no other trial would ever follow
-            if is_open:
-                with self._lock:
-                    self._trial_is_running = False
+        finally:
+            # However the operation ends, even by a bug, another trial can follow in a second.
+            with self._lock:
+                self._next_trial = time.monotonic() + 1
         self._close()
         return result, None
 
@@ -147,7 +146,6 @@ class CircuitBreaker:
         with self._lock:
             was_closed = self._reason is None
             self._reason = reason
-            self._next_trial = time.monotonic() + 1
         if was_closed:  # logged after the lock is released, because a log can be slow
             app.logger.warning("Redis failed, hits are not counted: %s", reason)
 
@@ -164,19 +162,19 @@ breaker = CircuitBreaker()
 
 # --- The Redis client
 
-# The limit of each step of an operation. A frozen Redis still accepts connections, so it takes up
-# one step: the wait for its first reply. At worst an operation has all of these:
+# The limit of each step of an operation. In the worst case, an operation takes:
 #     1.0 s  to look up the name of Redis (see limit_name_lookup)
 #     0.5 s  to connect
 #     0.5 s  for TLS
 #     0.5 s  to log in with a password
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
-#     3.5 s  in all; every further name server, and every further address of the name, adds its own
+#     3.5 s  in all, and more if several name servers or several addresses of Redis have to be tried
+# With a frozen Redis it takes 0.5 s: Linux still accepts the connection, and the first reply fails.
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed
-_redis_password = None  # its password, so that no message shows it
+_redis_password = None  # of this client; describe removes it from messages
 
 
 def get_redis_client():
@@ -202,12 +200,13 @@ def create_redis_client():
         "socket_timeout": STEP_SECONDS,
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        # Without these, redis-py sends HELLO and CLIENT SETINFO first, which are two more steps.
+        # Keeps redis-py from sending HELLO and CLIENT SETINFO, which would be two more steps.
         "protocol": 2,
         "driver_info": None,
     }
     if setting("REDIS_URL"):
         client = client_for_url(setting("REDIS_URL"), options)
+        # The URL may contain another password.
         password = client.get_connection_kwargs().get("password")
     else:
         client = client_for_host(setting("REDIS_HOST"), options)
@@ -216,10 +215,10 @@ def create_redis_client():
 
 
 def client_for_url(url, options):
-    """Return a client for this address, whose own options override ours. Raise ValueError."""
+    """Return a client for this URL. The options in it override ours. Raise ValueError."""
     try:
         client = redis.Redis.from_url(url, **options)
-        # redis-py checks the rest when it creates a connection. This one is never opened.
+        # redis-py checks some options only when it creates a connection. This one stays closed.
         client.connection_pool.connection_class(**client.get_connection_kwargs())
     except Exception:  # its message is not shown, because it may contain the password
         raise ValueError(
@@ -247,10 +246,18 @@ def is_ipv6_address(text):
     return True
 
 
+def limit_name_lookup():
+    """Wait for each name server 1 s, instead of 10 s. Call this before the first look-up."""
+    # The C library reads this variable. If it has an option twice, the last one counts, so what the
+    # user has set overrides ours.
+    user_options = setting("RES_OPTIONS", "")
+    os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
+
+
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server without AUTH replies "unknown command 'AUTH', with args beginning with: 'secr". That
-    # end has the start of the password, so it is cut off.
+    # A server that does not know AUTH replies: unknown command 'AUTH', with args beginning with:
+    # 'secr... The end of this text is cut off, because it is the start of the password.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")
@@ -269,7 +276,7 @@ def setting(name, default=None):
 def whole_number(name, default, lowest, highest):
     """Return a setting as an integer. Raise ValueError if it is not one in this range."""
     text = setting(name, str(default))
-    # int() alone would also accept " 80", "8_0" and "²".
+    # The pattern comes first, because int() also accepts " 80", "8_0" and "²".
     if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
         return int(text)
     raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {text!r}")
@@ -289,13 +296,6 @@ def read_redis_password():
     if len(lines) != 1 or not lines[0]:
         raise ValueError(f"{requirement}, got {path!r} with {len(lines)} lines")
     return lines[0]
-
-
-def limit_name_lookup():
-    """Make the C library give up on a name server after 1 second, instead of 10."""
-    user_options = setting("RES_OPTIONS", "")
-    # The last one of two options counts, so those of the user override ours.
-    os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
 
 
 if __name__ == "__main__":

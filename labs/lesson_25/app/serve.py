@@ -1,8 +1,8 @@
 """The start in production: `python serve.py` checks the settings and serves app.py with granian.
 
 granian starts worker processes, which answer the requests, and replaces a worker that dies. On
-SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. A worker
-that is just about to serve can miss the signal: granian kills it after workers_kill_timeout.
+SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. Rarely,
+a worker misses the signal because it has only just started. granian then kills it after 5 s.
 """
 
 import multiprocessing
@@ -15,11 +15,12 @@ from granian.http import HTTP1Settings
 
 from app import get_redis_client, limit_name_lookup, setting, whole_number
 
-# Under load, 16 workers took 240 MB of memory and 230 processes and threads. The stack files allow
-# 512 of each.
+# Under load, 16 workers took 240 MB of memory and 230 threads. The limits in the Compose files and
+# in the stack file are 512 MB and 512 threads.
 MAX_WORKERS = 16
 
-# Of each worker. Most connections are idle, because clients keep one for their next request.
+# Each worker holds at most this many connections. Most of them are idle, because clients keep a
+# connection open for their next request.
 MAX_CONNECTIONS = 5_000
 
 
@@ -38,13 +39,14 @@ def main():
     version = setting("BUILD_VERSION", "dev")
     print(f"lab25-web {version} on {host} port {port}, workers: {workers}", flush=True)
 
-    # Every connection is an open file, and some systems start a process with a limit of 256.
+    # Every connection is an open file, and some systems start a process with a limit of 256 files.
+    # Another 1,000 are enough for connections to Redis and all else.
     _, highest_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = min(MAX_CONNECTIONS + 1_000, highest_limit)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest_limit))
 
-    # Forked workers share start_time and memory with this process. Python 3.14 and macOS do not
-    # fork unless they are told to.
+    # granian starts the workers by this method. Forked workers have the start_time of this process,
+    # and share its memory. It is not the default on macOS, and from Python 3.14 on.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -52,24 +54,24 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # An idle connection is closed after 75 s, later than by a load balancer, most of which take
-        # 60 s. If we were first, the balancer could lose a request that it has just sent. The same
-        # limit holds for the headers of a request.
-        http1_settings=HTTP1Settings(header_read_timeout=75_000),  # ms
+        # granian closes a connection that has been idle for this time, in ms. Load balancers close
+        # theirs after 60 s, so they are first. If granian were first, a request that a balancer
+        # sends at this very moment would be lost.
+        http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=MAX_CONNECTIONS,
         workers=workers,
         blocking_threads=8,  # requests at a time, in each worker
         respawn_failed_workers=True,
-        workers_kill_timeout=5,  # seconds; longer than Redis takes (3.5), and Docker waits for 10
-        log_level="error",  # for granian's own messages
+        workers_kill_timeout=5,  # seconds; Docker would kill all after 10
+        log_level="error",  # hides granian's own messages, not those of app.py
         log_access=access_log == 1,
-        # %r, so that no path can look like a second line.
+        # %r quotes the path, so that a line break in it cannot fake another line.
         log_access_format="%(time)s %(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     ).serve()
 
 
 def address_to_listen_on(host, port):
-    """Return the IP address of this host. Raise ValueError if its port cannot be listened on.
+    """Return the IP address of this host. Raise ValueError if it or the port cannot be used.
 
     granian requires an IP address, and shares a port with another granian without a warning. So
     this function looks up the host, and listens on the port for a moment.
@@ -79,7 +81,7 @@ def address_to_listen_on(host, port):
         with socket.create_server((host, port), family=family) as listener:
             return listener.getsockname()[0]
     except (OSError, TypeError, ValueError) as error:
-        # TypeError and ValueError: no host has such a name.
+        # TypeError and ValueError come from characters that no host name has.
         raise ValueError(
             "HOST and PORT must be an address of this machine and a free port,"
             f" got {host!r} and {port}: {error}"
