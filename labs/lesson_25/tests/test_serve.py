@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import errno
 import http.client
 import os
 import pathlib
@@ -44,7 +43,7 @@ def with_limits(idle_seconds, kill_seconds):
     return changed_by(f"""
 Granian = serve.Granian
 def changed(target, **options):
-    options["http1_settings"].header_read_timeout = {idle_seconds * 1000}
+    options["http1_settings"].header_read_timeout = {int(idle_seconds * 1000)}
     options["workers_kill_timeout"] = {kill_seconds}
     return Granian(target, **options)
 serve.Granian = changed""")
@@ -81,7 +80,7 @@ class Service:
 
 
 @contextlib.contextmanager
-def running(log, command=COMMAND, address="127.0.0.1", **settings):
+def running(log, command=COMMAND, **settings):
     """Start a service of one worker, wait until it serves, and yield it; stop it afterwards."""
     port = free_port()
     with log.open("w") as output:
@@ -96,11 +95,10 @@ def running(log, command=COMMAND, address="127.0.0.1", **settings):
 
     def serves():
         assert process.poll() is None, f"the service has exited: {service.log}"
-        with contextlib.closing(http.client.HTTPConnection(address, port, timeout=5)) as connection:
-            return ask(connection, "/nowhere").status == 404  # this does not call Redis
+        return get(port, "/nowhere").status == 404  # this does not call Redis
 
     try:
-        eventually(serves, every=0.02, broken=f"the service serves on {address}")
+        eventually(serves, every=0.02, broken="the service serves")
         yield service
     finally:
         process.terminate()
@@ -141,23 +139,9 @@ def test_log_has_one_line_for_start(service):
     assert start in lines[0], f"the log must have {start!r}, got {lines[0]!r}"
 
 
-def test_listens_on_this_machine_only_by_default(service):
-    with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.2", service.port), timeout=5).close()
-
-
-@pytest.mark.parametrize(("host", "address"), [("localhost", "localhost"), ("::", "::1")])
-def test_listens_where_host_is(request, start, host, address):
-    if host == "::":
-        request.getfixturevalue("ipv6")
-    start(HOST=host, address=address)
-
-
-@pytest.mark.parametrize("program", ["serve.py", "app.py"])
-def test_bad_setting_ends_process_with_one_line(program):
-    command = [sys.executable, CONTEXT / program]
+def test_bad_setting_ends_process_with_one_line():
     environment = {**os.environ, "PORT": "http"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    result = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=20)
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert output == "PORT must be a whole number from 1 to 65535, got 'http'\n"
@@ -170,48 +154,29 @@ def test_access_log_cannot_be_forged(start):
     assert "GET" in line and r"/nope\nforged" in line and "404" in line, line
 
 
-def test_development_server_needs_no_other_file(start, tmp_path):
-    copy = tmp_path / "app.py"
-    copy.write_bytes((CONTEXT / "app.py").read_bytes())
-    service = start([sys.executable, copy])
-    assert get(service.port).json["message"] == "Hello from lab25"
-    assert "development server" in service.log
-
-
 # Workers and Redis
 
 
 def test_waiting_hits_hold_up_no_other_request(start):
-    """Seven of a worker's eight threads wait for Redis. It hangs up on all: that is one outage."""
+    """Seven of a worker's eight threads wait for Redis, which then hangs up on all of them."""
     waiting, hang_up = threading.Semaphore(0), threading.Event()
 
     def reply(_):
-        if hang_up.is_set():
-            return b":7\r\n"
         waiting.release()
         hang_up.wait(20)
-        return None
 
-    with (
-        peer(reply) as redis_port,
-        concurrent.futures.ThreadPoolExecutor(7) as pool,
-    ):
-        service = start(
-            changed_by("app.STEP_SECONDS = 20"),
-            REDIS_HOST="127.0.0.1",
-            REDIS_PORT=str(redis_port),
-        )
+    with peer(reply) as redis_port, concurrent.futures.ThreadPoolExecutor(7) as pool:
+        redis = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_port)}
+        service = start(changed_by("app.STEP_SECONDS = 20"), **redis)
         hits = [pool.submit(get, service.port, timeout=30) for _ in range(7)]
         try:
             reached = [waiting.acquire(timeout=5) for _ in hits]
-            assert all(reached), f"only {sum(reached)} of 7 hits were taken at the same time"
+            assert all(reached), f"only {sum(reached)} of 7 hits wait at the same time"
             assert get(service.port, "/nowhere").status == 404
         finally:
             hang_up.set()
         numbers = {one.result().json["hit_count"] for one in hits}
         assert numbers == {None}, f"hits without a reply must have no number, got {numbers}"
-        eventually(lambda: counted(get(service.port)) == 7, broken="hits count again")
-        eventually(lambda: service.lines(BACK), broken="the log tells that Redis is back")
     assert len(service.lines(FAILED)) == 1, f"one outage must be logged once:\n{service.log}"
 
 
@@ -301,33 +266,29 @@ def half_a_request(port):
     return connection
 
 
-def seconds_until_closed(connection, what):
-    """Return when the other side closes, in seconds; fail if it does not."""
-    started = time.monotonic()
+def is_closed(connection):
+    """Return whether the other side closes the connection before the test's patience ends."""
     connection.settimeout(PATIENCE_SECONDS)
-    closed = False
-    with contextlib.suppress(TimeoutError):
+    try:
         while connection.recv(4096):
             pass
-        closed = True
-    assert closed, f"{what} must be closed, and is still open after {PATIENCE_SECONDS} s"
-    return time.monotonic() - started
+    except TimeoutError:
+        return False
+    return True
 
 
 def test_idle_and_unfinished_connections_are_closed(start):
-    service = start(with_limits(idle_seconds=1, kill_seconds=5))
-    with (
-        contextlib.closing(
-            http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
-        ) as kept,
-        half_a_request(service.port) as unfinished,
-    ):
+    service = start(with_limits(idle_seconds=0.5, kill_seconds=5))
+    kept = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    with contextlib.closing(kept), half_a_request(service.port) as unfinished:
         assert ask(kept).status == 200
+        started = time.monotonic()
         assert ask(kept, "/health").status == 200
         assert kept.sock, "a connection must be kept after its answer, and is closed"
-        seconds = seconds_until_closed(kept.sock, "an idle connection")
-        assert seconds > 0.9, f"an idle connection was closed after {seconds:.1f} s instead of 1"
-        seconds_until_closed(unfinished, "a request that is never finished")
+        assert is_closed(kept.sock), "an idle connection is never closed"
+        seconds = time.monotonic() - started
+        assert seconds > 0.4, f"an idle connection is closed after {seconds:.1f} s instead of 0.5"
+        assert is_closed(unfinished), "a request that is never finished keeps its connection"
 
 
 # Stop
@@ -365,21 +326,13 @@ def test_unfinished_request_does_not_prevent_stop(start):
 def test_sigterm_stops_startup_that_waits_for_fifo(tmp_path):
     fifo = tmp_path / "password"
     os.mkfifo(fifo)
-    settings = {"REDIS_HOST": "redis", "REDIS_PASSWORD_FILE": str(fifo)}
-    process = subprocess.Popen(COMMAND, env={**os.environ, **settings})
-
-    def is_read():
+    environment = {**os.environ, "REDIS_HOST": "redis", "REDIS_PASSWORD_FILE": str(fifo)}
+    with subprocess.Popen(COMMAND, env=environment) as process:
         try:
-            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            assert error.errno == errno.ENXIO  # nobody reads it yet
-            return None
-
-    try:
-        writer = eventually(is_read, broken="the password file is read")
-        process.terminate()
-        assert process.wait(5) == -signal.SIGTERM
-    finally:
-        process.kill()
-        process.wait()
+            # A writer can open it only when the service waits for the password.
+            writer = eventually(lambda: os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+            process.terminate()
+            assert process.wait(5) == -signal.SIGTERM
+        finally:
+            process.kill()
     os.close(writer)

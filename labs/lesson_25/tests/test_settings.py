@@ -9,7 +9,7 @@ import pytest
 
 import serve
 from harness import limits
-from harness.engine import CONTEXT
+from harness.engine import CONTEXT, free_port
 
 
 def run_app():
@@ -34,7 +34,7 @@ def server_options(app, monkeypatch):
     monkeypatch.setattr(serve.multiprocessing, "set_start_method", lambda _: None)
     monkeypatch.setattr(serve.resource, "setrlimit", lambda *_: None)
     monkeypatch.setenv("RES_OPTIONS", "")  # or what a start sets would stay
-    monkeypatch.setenv("PORT", "18080")
+    monkeypatch.setenv("PORT", str(free_port()))
     return options
 
 
@@ -117,6 +117,23 @@ def test_taken_port_is_refused(request, refusal, host):
         port = taken.getsockname()[1]
         line = refusal(PORT=str(port), HOST=host)
     assert f"a free port, got {host!r} and {port}" in line
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::", "::")]
+)
+def test_server_listens_where_host_is(request, server_options, monkeypatch, host, address):
+    if host == "::":
+        request.getfixturevalue("ipv6")
+    monkeypatch.setenv("HOST", host)
+    serve.main()
+    assert server_options["address"] == address
+    assert server_options["port"] == int(os.environ["PORT"])
+
+
+def test_development_server_is_local_by_default(server_options):
+    run_app()
+    assert server_options == {"host": "127.0.0.1", "port": int(os.environ["PORT"])}
 
 
 def test_server_limits_suit_proxies_and_docker(server_options):

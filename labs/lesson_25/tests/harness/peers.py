@@ -43,8 +43,17 @@ def peer(reply_to, port=0, tls=None):
 def self_signed(folder):
     """Return a new certificate for 127.0.0.1, as a file, and the SSLContext of its server."""
     certificate, key = folder / "certificate.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=redis"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-subj", "/CN=redis"]
+    command += [
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        key,
+        "-out",
+        certificate,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
