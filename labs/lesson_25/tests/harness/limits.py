@@ -5,12 +5,12 @@ A ratio is the image's figure divided by that of the single-stage image, measure
 
 # The image
 
-# Unpacked; the packages alone are 34 MB, which leaves no room for a build tool.
-LAYERS_OVER_BASE_BYTES = 36_000_000
+# Unpacked; the packages and their bytecode are 37 MB, which leaves no room for a build tool.
+LAYERS_OVER_BASE_BYTES = 38_000_000
 # What leaving the build tools and the caches behind has to bring.
 LAYERS_OVER_BASE_RATIO = 1 / 10
 # Compressed, as each new machine pulls it; 46 MB of it are the base image.
-WHOLE_IMAGE_BYTES = 56_000_000
+WHOLE_IMAGE_BYTES = 57_000_000
 WHOLE_IMAGE_RATIO = 1 / 3
 # A changed app.py installs no package again.
 REBUILD_SECONDS = 1
