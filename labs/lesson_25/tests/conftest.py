@@ -11,7 +11,7 @@ import app as lab25
 from harness import engine, reader
 from harness.registry import private_registry
 
-pytest_plugins = ["harness.checklist", "harness.judge"]  # lesson only
+pytest_plugins = ["harness.judge"]  # lesson only
 
 BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
