@@ -90,7 +90,7 @@ class Reader:
     def read(self, blocks):
         """Run each sh block and compare what it prints with the text blocks after it.
 
-        A block's shell knows the variables of those before it.
+        A block's shell knows the variables and the folder of those before it.
         """
         output, command = None, None
         for block in blocks:
@@ -110,7 +110,7 @@ class Reader:
         variables.touch()
         failed.write_text("0 ")
         first_line = (
-            f"exec </dev/null; source {variables}; "
+            f"exec </dev/null; source {variables}; cd \"$PWD\"; "
             f"trap 'declare -p | grep -vE \"{BASHS_OWN}\" >{variables}' EXIT; "
             f"""trap 'echo "$((LINENO - 1)) $BASH_COMMAND" >{failed}' ERR\n"""
         )
