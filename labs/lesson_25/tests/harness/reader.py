@@ -110,7 +110,7 @@ class Reader:
         variables.touch()
         failed.write_text("0 ")
         first_line = (
-            f"exec </dev/null; source {variables}; cd \"$PWD\"; "
+            f'exec </dev/null; source {variables}; cd "$PWD"; '
             f"trap 'declare -p | grep -vE \"{BASHS_OWN}\" >{variables}' EXIT; "
             f"""trap 'echo "$((LINENO - 1)) $BASH_COMMAND" >{failed}' ERR\n"""
         )
