@@ -14,7 +14,7 @@ import pytest
 
 from harness import PROJECT, REPOSITORY
 from harness.engine import BASE, CONTEXT, REDIS, RUN, docker, free_port, give_image, remove_all
-from harness.swarm import STACK_FILE, adapted, engine_in_container, kernel_lacks, mesh
+from harness.swarm import STACK_FILE, adapted, engines, kernel_lacks, mesh
 
 UNITS_AT_ONCE = 2  # beside the other tests; they wait more than they work
 MINUTES = {"": 5, "fails": 1}  # for one block, by its mark; what must fail does so soon
@@ -201,16 +201,11 @@ def own_swarm(unit, made):
     lacks = kernel_lacks(BASE)
     stack = made.copy / STACK_FILE.relative_to(REPOSITORY)
     stack.write_text(adapted(made.own(STACK_FILE.read_text()), lacks))
-    options = ["--network", network, "--hostname", platform.node()]
-    options += ["--volume", f"{made.copy}:/copy:ro"]
+    options = ["--hostname", platform.node(), "--volume", f"{made.copy}:/copy:ro"]
     if "IPVS" not in lacks:
         options += ["--publish", f"127.0.0.1:{made.port}:{made.port}"]
-    dockerd = ["dockerd", "--insecure-registry", "registry:5000"]
-    docker("network", "create", network)
     with contextlib.ExitStack() as cleanup:
-        docker("network", "connect", "--alias", "registry", network, registry.container)
-        cleanup.callback(docker, "network", "disconnect", network, registry.container)
-        node = cleanup.enter_context(engine_in_container(*options, command=dockerd))
+        (node,) = cleanup.enter_context(engines(1, network, registry, *options))
         give_image(REDIS, node, made.folder)
         if "IPVS" in lacks:
             cleanup.enter_context(mesh(node, made.port))
