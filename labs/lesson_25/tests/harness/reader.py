@@ -15,7 +15,7 @@ import pytest
 
 from harness import REPOSITORY
 from harness.engine import BASE, CONTEXT, REDIS, RUN, docker, free_port, give_image, remove_all
-from harness.swarm import STACK_FILE, adapted, engine_in_container, kernel_lacks, mesh
+from harness.swarm import STACK_FILE, adapted, engines, kernel_lacks, mesh
 
 READERS = 3  # in parallel with the other tests, because they wait more than they work
 UNIT_MINUTES = 10
@@ -196,17 +196,12 @@ def own_swarm(reader):
     lacks = kernel_lacks(BASE)
     stack = reader.copy / STACK_FILE.relative_to(REPOSITORY)
     stack.write_text(adapted(reader.own(STACK_FILE.read_text()), lacks))
-    network, registry = f"{reader.name}-network", reader.registry.container
-    options = ["--network", network, "--hostname", platform.node()]
-    options += ["--volume", f"{reader.copy}:/copy:ro"]
+    options = ["--hostname", platform.node(), "--volume", f"{reader.copy}:/copy:ro"]
     if "IPVS" not in lacks:
         options += ["--publish", f"127.0.0.1:{reader.port}:{reader.port}"]
-    dockerd = ["dockerd", "--insecure-registry", "registry:5000"]
-    docker("network", "create", network)
     with contextlib.ExitStack() as cleanup:
-        docker("network", "connect", "--alias", "registry", network, registry)
-        cleanup.callback(docker, "network", "disconnect", network, registry)
-        node = cleanup.enter_context(engine_in_container(*options, command=dockerd))
+        network = f"{reader.name}-network"
+        (node,) = cleanup.enter_context(engines(1, network, reader.registry, *options))
         give_image(REDIS, node, reader.folder)
         if "IPVS" in lacks:
             cleanup.enter_context(mesh(node, reader.port))
