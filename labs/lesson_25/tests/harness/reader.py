@@ -79,6 +79,9 @@ class Reader:
             "GHCR_OWNER": registry.user,
             "GHCR_TOKEN": registry.password,
             "PORT": str(self.port),  # of the service without Docker
+            # The variables that the lesson's reader sets in each new terminal.
+            "LAB25_PORT": str(self.port),
+            "WEB": f"http://127.0.0.1:{self.port}",
         }
         self._stopped = False
         self._shell = None
