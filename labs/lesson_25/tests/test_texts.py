@@ -82,10 +82,10 @@ def parameters(in_own_swarm):
 @pytest.mark.engine
 @pytest.mark.parametrize("unit", parameters(in_own_swarm=False))
 def test_commands_print_what_text_shows(unit, followed):
-    followed.result(unit)
+    followed[unit.name].result()
 
 
 @pytest.mark.swarm
 @pytest.mark.parametrize("unit", parameters(in_own_swarm=True))
 def test_swarm_commands_print_what_text_shows(unit, followed):
-    followed.result(unit)
+    followed[unit.name].result()

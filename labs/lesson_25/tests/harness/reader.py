@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from harness import REPOSITORY
+from harness import REPOSITORY, engine
 from harness.engine import BASE, CONTEXT, REDIS, RUN, docker, free_port, give_image, remove_all
 from harness.swarm import STACK_FILE, adapted, engines, kernel_lacks, mesh
 
@@ -27,12 +27,9 @@ sleep() {{ command sleep "$1"; command sleep "$1"; }}  # twice as long, because 
 trap 'echo "$LINENO: exited with status $?: $BASH_COMMAND" >{problem}' ERR
 trap '[ $? != 0 ] || rm {problem}' EXIT
 """
-BLOCK = """\
-echo; echo {marker}; echo "{line}: not finished" >{problem}
-source {file}
-"""
+NEXT_BLOCK = 'echo; echo {marker}; echo "{line}: not finished" >{problem}\n'
+BLOCK = "source {file}\n"
 FAILING_BLOCK = """\
-echo; echo {marker}
 set +e; (set -e; source {file})
 [ $? != 0 ] || {{ echo "{line}: must fail, but exited with status 0" >{problem}; exit 1; }}; set -e
 """
@@ -53,7 +50,7 @@ if [[ $1 != build ]]; then node "$@"; exit; fi
 class Reader:
     """Runs one unit in a copy of the repository, where names, port and registry are its own."""
 
-    def __init__(self, unit, folder, registry, environment):
+    def __init__(self, unit, folder, registry):
         self.unit = unit
         self.name = f"{RUN}-{secrets.token_hex(2)}"
         self.registry = registry
@@ -74,8 +71,7 @@ class Reader:
         if not unit.in_own_swarm:  # an engine of its own has no other network or volume
             self.words["lab25_"] = f"{self.name}_"
         self.environment = {
-            **environment,
-            "DOCKER_CONFIG": registry.logged_out()["DOCKER_CONFIG"],
+            **registry.logged_out(),
             "GHCR_OWNER": registry.user,
             "GHCR_TOKEN": registry.password,
             "PORT": str(self.port),  # of the service without Docker
@@ -122,13 +118,12 @@ class Reader:
         for block, _ in commands:
             file = self.folder / f"{block.line}.sh"
             file.write_text("\n" * block.line + self.own(block.body))
-            form = FAILING_BLOCK if block.mark == "fails" else BLOCK
+            form = NEXT_BLOCK + (FAILING_BLOCK if block.mark == "fails" else BLOCK)
             script += form.format(**names, file=file, line=block.line)
         outputs = self.print_of(script).split(f"\n{names['marker']}\n")[1:]
-        problem = names["problem"]
         for (block, shown), output in zip(commands, outputs, strict=False):
-            if output is outputs[-1] and problem.exists():
-                self.fail(f"{block.text}:{problem.read_text().rstrip()}", block, output)
+            if output is outputs[-1] and names["problem"].exists():
+                self.fail(f"{block.text}:{names['problem'].read_text().rstrip()}", block, output)
             for text in shown:
                 self.compare(text, block, output)
 
@@ -217,26 +212,20 @@ def own_swarm(reader):
         yield
 
 
-class Readers:
-    """A Reader for each unit. Several run in parallel, those with the most blocks first."""
-
-    def __init__(self, units, *options):
-        units = sorted(units, key=lambda unit: len(unit.blocks), reverse=True)
-        self._readers = [Reader(unit, *options) for unit in units]
-        self._pool = concurrent.futures.ThreadPoolExecutor(READERS)
-        self._futures = {}
-
-    def begin(self):
-        for reader in self._readers:
-            self._futures[reader.unit.name] = self._pool.submit(reader.follow)
-
-    def result(self, unit):
-        """Wait for the Reader of a unit. Fail as it did."""
-        self._futures[unit.name].result()
-
-    def stop(self):
-        """Stop the readers that still run. Each removes what it made."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for reader in self._readers:
+@pytest.fixture(scope="session", autouse=True)
+def followed(request, no_image_stays, tmp_path_factory):
+    """A Future for each unit that this run selects, by name. Readers work while other tests run."""
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    units = [parameters["unit"] for parameters in selected if "unit" in parameters]
+    if not units or engine.problem():
+        yield None
+        return
+    units.sort(key=lambda unit: len(unit.blocks), reverse=True)  # the longest ones first
+    folder, registry = tmp_path_factory.mktemp("texts"), request.getfixturevalue("registry")
+    readers = [Reader(unit, folder, registry) for unit in units]
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        futures = {reader.unit.name: pool.submit(reader.follow) for reader in readers}
+        yield futures
+        pool.shutdown(wait=False, cancel_futures=True)
+        for reader in readers:
             reader.stop()
-        self._pool.shutdown()
