@@ -9,10 +9,10 @@ import fakeredis
 import pytest
 
 import app as app_module
-from harness import engine, reader
+from harness import engine
 from harness.registry import private_registry
 
-pytest_plugins = ["harness.judge"]  # lesson only
+pytest_plugins = ["harness.judge", "harness.reader"]  # lesson only
 
 BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
@@ -25,7 +25,9 @@ SETTINGS = {
 
 
 def pytest_configure(config):
-    """Have a terminated run clean up, as an interrupted one does."""
+    """Hide the settings of the shell, and have a terminated run clean up as an interrupted one."""
+    for name in SETTINGS:
+        os.environ.pop(name, None)
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
@@ -33,13 +35,6 @@ def pytest_runtest_setup(item):
     needs_engine = any(item.get_closest_marker(mark) for mark in ("engine", "swarm", "timing"))
     if needs_engine and engine.problem():
         pytest.fail(f"This test needs a Docker Engine: {engine.problem()}", pytrace=False)
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    """Hide the settings of the shell that runs pytest."""
-    for name in SETTINGS:
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -79,24 +74,6 @@ def no_image_stays():
     yield
     if engine.has_built:
         engine.remove_images()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def followed(request, tmp_path_factory):
-    """The results of the texts' units, which readers follow while the other tests run."""
-    parameters = [
-        item.callspec.params for item in request.session.items if hasattr(item, "callspec")
-    ]
-    units = [one["unit"] for one in parameters if "unit" in one]
-    if not units or engine.problem():
-        yield None
-        return
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    registry = request.getfixturevalue("registry")
-    readers = reader.Readers(units, tmp_path_factory.mktemp("texts"), registry, environment)
-    readers.begin()
-    yield readers
-    readers.stop()
 
 
 @pytest.fixture(scope="session")
