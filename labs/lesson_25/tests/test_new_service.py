@@ -1,6 +1,7 @@
-"""new_service.py makes a repository for a service, without the lesson."""
+"""new_service.py makes a repository for a service of one's own, without the lesson."""
 
-import pathlib
+import os
+import re
 import subprocess
 import sys
 
@@ -9,52 +10,66 @@ import yaml
 
 from harness import PROJECT
 
-LONGEST = "a-service-with-thirty-letters1"
-NAMES = ["a", LONGEST, "redis-app", "my-api", "redis", "null"]
+LONGEST = "thirty-letters-and-digits-as-1"
 
 
-def new_service(*arguments):
-    command = [sys.executable, PROJECT / "new_service.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+def run_python(*arguments, **environment):
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=ours | environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_service_has_only_its_own_names(name, tmp_path):
+def new_service(*arguments, **environment):
+    return run_python(PROJECT / "new_service.py", *arguments, **environment)
+
+
+@pytest.mark.parametrize("name", ["a", LONGEST, "redis", "redis-app", "my-api", "null"])
+def test_service_has_its_own_names_only(name, tmp_path):
     folder = tmp_path / "service"
     made = new_service(name.title(), "AcMe", folder)
-    assert made.returncode == 0, f"{made.stdout}{made.stderr}"
-    assert f"NAME is changed to {name}" in made.stdout
-    files = subprocess.check_output(["git", "ls-files"], cwd=folder, text=True).splitlines()
-    texts = {file: (folder / file).read_text() for file in files}
-    for file, text in texts.items():
-        for word in ("lab25", "lesson", "vlrrbn"):
-            assert word not in f"{file}\n{text}".lower(), f"{file} has the word {word}"
-        if file.endswith(".py"):
-            compile(text, file, "exec")
-    stack = yaml.safe_load(texts["compose/docker-compose.registry.yml"])
+    assert f"NAME is changed to {name}" in made.stdout, made.stderr
+    files = subprocess.check_output(["git", "ls-files"], cwd=folder, text=True).split()
+    text = "\n".join(f"{file}:\n{(folder / file).read_text()}" for file in files)
+    left = re.findall(r".*(?:lab25|lesson|vlrrbn).*", text, re.IGNORECASE)
+    assert not left, f"words of the lesson: {left}"
+    for file in folder.glob("**/*.py"):
+        compile(file.read_text(), file, "exec")
+    stack = yaml.safe_load((folder / "compose/docker-compose.registry.yml").read_text())
     web = stack["services"]["web"]
     assert stack["name"] == name
-    assert web["image"] == f"${{REGISTRY:-ghcr.io}}/${{GHCR_OWNER:-acme}}/{name}:${{IMAGE_TAG:-dev}}"
-    assert web["container_name"] == f"{name}-web", "only Redis can have the host name redis"
-    assert "${REDIS_PORT" not in web["ports"][0], "REDIS_PORT is the port of the service's Redis"
-    assert texts["README.md"].startswith(f"# {name}\n")
+    assert web["container_name"] == f"{name}-web", "Redis has to be the only host called redis"
+    assert web["image"].endswith(f"/${{GHCR_OWNER:-acme}}/{name}:${{IMAGE_TAG:-dev}}")
+    assert "${REDIS_PORT" not in web["ports"][0], "the service has a REDIS_PORT of its own"
+
+
+def test_service_passes_its_own_tests(tmp_path):
+    new_service("my-api", "acme", tmp_path / "service")
+    which = ["--rootdir", tmp_path / "service", "-k", "test_app or test_files or test_workflow"]
+    tests = run_python("-m", "pytest", *which, tmp_path / "service/tests")
+    assert tests.returncode == 0, tests.stdout
 
 
 @pytest.mark.parametrize(
     ("name", "owner", "folder", "reason"),
     [
         ("my_api", "acme", "new", "NAME must be"),
-        ("9-lives", "acme", "new", "NAME must be"),
+        ("3d", "acme", "new", "NAME must be"),
         ("api-", "acme", "new", "NAME must be"),
-        (LONGEST + "2", "acme", "new", "NAME must be"),
+        (f"{LONGEST}2", "acme", "new", "NAME must be"),
         ("api", "ac me", "new", "OWNER must be"),
+        ("api", "acme", "", "File exists"),
         ("api", "acme", "missing/new", "No such file"),
-        ("api", "acme", ".", "File exists"),
     ],
 )
-def test_bad_argument_is_refused_and_leaves_nothing(name, owner, folder, reason, tmp_path):
-    refused = new_service(name, owner, tmp_path / folder)
-    assert refused.returncode == 1
-    assert reason in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+def test_bad_argument_is_rejected_before_anything_is_written(name, owner, folder, reason, tmp_path):
+    rejected = new_service(name, owner, tmp_path / folder)
+    assert rejected.returncode == 1
+    (line,) = rejected.stderr.splitlines()
+    assert reason in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_failure_leaves_no_folder(tmp_path):
+    failed = new_service("api", "acme", tmp_path / "new", GIT_AUTHOR_DATE="not a date")
+    assert failed.returncode == 1
     assert not list(tmp_path.iterdir())
