@@ -4,7 +4,6 @@
 """
 
 import ipaddress
-import math
 import os
 import re
 import socket
@@ -17,11 +16,11 @@ from werkzeug.exceptions import HTTPException
 
 try:
     import redis
-except ImportError:  # get_redis_client raises ValueError if a Redis is configured
+except ImportError:  # get_redis_client checks this
     redis = None
 
 app = Flask(__name__, static_folder=None)
-# All worker processes report the same uptime, because serve.py forks them after this line has run.
+# serve.py forks the worker processes after this line has run, so they all report the same uptime.
 start_time = time.monotonic()
 
 # --- Routes
@@ -36,7 +35,7 @@ def index():
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.headers.get("Host"),  # request.host is empty if the name has a "_"
+        "host": request.headers.get("Host"),  # request.host is empty if the host has a "_"
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -46,8 +45,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # Redis refuses this whenever it refuses to count a hit. It may still answer a PING, for example
-    # if its disk is full.
+    # To add 0 is a write, so it fails whenever a hit fails. A PING does not: Redis answers it even
+    # if its disk is full and it accepts no writes.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -71,7 +70,7 @@ def forbid_caching(response):
 def error_as_json(error):
     """Return an error as JSON. Flask logs any other exception, and calls this with a 500."""
     headers = dict(error.get_headers())  # a 405 has Allow
-    del headers["Content-Type"]  # that of an HTML page
+    headers.pop("Content-Type", None)  # text/html, but this answer is JSON
     return {"error": error.description}, error.code, headers
 
 
@@ -89,12 +88,12 @@ def add_hits(client, amount):
 def call_redis(operation, *arguments):
     """Return (operation(client, *arguments), None), or (None, reason) if Redis fails.
 
-    Return (None, None) if no Redis is configured. An exception that does not come from Redis is a
-    bug in the operation: it is raised, and this request gets a 500.
+    Return (None, None) if no Redis is configured. An exception that comes neither from Redis nor
+    from the network is a bug in the operation: it is raised, and only this request gets a 500.
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # `flask run`, unlike serve.py, starts with a bad setting
+    except ValueError as error:  # the start has not checked the settings
         return None, describe(error)
     if client is None:
         return None, None
@@ -108,37 +107,45 @@ class CircuitBreaker:
     open, calls return the reason of that failure at once. Only one call a second runs its
     operation, as a trial. If the trial succeeds, the breaker closes.
 
-    A slow operation may end after the breaker has changed. If it fails, the breaker opens although
-    Redis works, until the next trial. If it succeeds, the breaker closes although Redis fails,
-    until the next failure.
+    A slow operation may end after the breaker has changed. A late failure opens it although Redis
+    works: hits are not counted until the next trial. A late success closes it although Redis fails:
+    requests wait until the next failure.
     """
 
     def __init__(self):
         self._lock = threading.Lock()  # held to read or change the following
         self._reason = None  # why the breaker is open; None while it is closed
         self._next_trial = 0.0  # not before this time.monotonic()
+        self._trial_is_running = False
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
         with self._lock:
-            if self._reason is not None:
-                if time.monotonic() < self._next_trial:
-                    return None, self._reason
-                self._next_trial = math.inf  # no other trial starts before this one ends
+            if self._reason is None:
+                is_trial = False
+            elif self._trial_is_running or time.monotonic() < self._next_trial:
+                return None, self._reason
+            else:
+                is_trial = True
+                self._trial_is_running = True
+        try:
+            return self._run(client, operation, *arguments)
+        finally:
+            if is_trial:
+                with self._lock:
+                    self._trial_is_running = False
+
+    def _run(self, client, operation, *arguments):
         try:
             result = operation(client, *arguments)
         except (redis.RedisError, OSError, UnicodeError) as error:
             # OSError comes from the network, UnicodeError from an impossible host name like a..b.
             reason = describe(error)
             self._open(reason)
-            # Redis may have moved. Without idle connections, the next operation looks up its name.
+            # Idle connections may lead to an old address of Redis. A new one looks up its name.
             if hasattr(client, "connection_pool"):  # a simple client, made for a test, has none
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
-        finally:
-            # However the operation ends, even by a bug, another trial can follow in a second.
-            with self._lock:
-                self._next_trial = time.monotonic() + 1
         self._close()
         return result, None
 
@@ -146,6 +153,7 @@ class CircuitBreaker:
         with self._lock:
             was_closed = self._reason is None
             self._reason = reason
+            self._next_trial = time.monotonic() + 1
         if was_closed:  # logged after the lock is released, because a log can be slow
             app.logger.warning("Redis failed, hits are not counted: %s", reason)
 
@@ -162,8 +170,9 @@ breaker = CircuitBreaker()
 
 # --- The Redis client
 
-# The limit of each step of an operation. In the worst case, an operation takes:
-#     1.0 s  to look up the name of Redis (see limit_name_lookup)
+# The limit of each step of an operation, except for the look-up of the name, which has its own in
+# limit_name_lookup. In the worst case an operation takes:
+#     1.0 s  to look up the name of Redis
 #     0.5 s  to connect
 #     0.5 s  for TLS
 #     0.5 s  to log in with a password
@@ -193,9 +202,8 @@ def get_redis_client():
 def create_redis_client():
     """Return a client for REDIS_URL, or else for REDIS_HOST. Raise ValueError for a bad setting."""
     global _redis_password
-    password = read_redis_password()
     options = {
-        "password": password,
+        "password": read_redis_password(),
         "socket_connect_timeout": STEP_SECONDS,
         "socket_timeout": STEP_SECONDS,
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
@@ -206,19 +214,18 @@ def create_redis_client():
     }
     if setting("REDIS_URL"):
         client = client_for_url(setting("REDIS_URL"), options)
-        # The URL may contain another password.
-        password = client.get_connection_kwargs().get("password")
+        _redis_password = client.get_connection_kwargs().get("password")
     else:
         client = client_for_host(setting("REDIS_HOST"), options)
-    _redis_password = password
+        _redis_password = options["password"]
     return client
 
 
 def client_for_url(url, options):
-    """Return a client for this URL. The options in it override ours. Raise ValueError."""
+    """Return a client for this URL. What it sets overrides our options. Raise ValueError."""
     try:
         client = redis.Redis.from_url(url, **options)
-        # redis-py checks some options only when it creates a connection. This one stays closed.
+        # Not to be used: creating a connection, which stays closed, checks the remaining options.
         client.connection_pool.connection_class(**client.get_connection_kwargs())
     except Exception:  # its message is not shown, because it may contain the password
         raise ValueError(
@@ -248,16 +255,16 @@ def is_ipv6_address(text):
 
 def limit_name_lookup():
     """Wait for each name server 1 s, instead of 10 s. Call this before the first look-up."""
-    # The C library reads this variable. If it has an option twice, the last one counts, so what the
-    # user has set overrides ours.
+    # The C library reads this variable. Of an option that is there twice it uses the last one, so
+    # the options of the user override ours.
     user_options = setting("RES_OPTIONS", "")
     os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
 
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server that does not know AUTH replies: unknown command 'AUTH', with args beginning with:
-    # 'secr... The end of this text is cut off, because it is the start of the password.
+    # The error of an unknown command ends with a part of its arguments. If the command is AUTH, it
+    # is a part of the password.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")
@@ -276,7 +283,7 @@ def setting(name, default=None):
 def whole_number(name, default, lowest, highest):
     """Return a setting as an integer. Raise ValueError if it is not one in this range."""
     text = setting(name, str(default))
-    # The pattern comes first, because int() also accepts " 80", "8_0" and "²".
+    # The pattern comes first, because int() also accepts " 80" and "8_0".
     if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
         return int(text)
     raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {text!r}")

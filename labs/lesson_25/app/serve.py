@@ -32,8 +32,8 @@ def main():
         port = whole_number("PORT", 8080, 1, 65535)
         workers = whole_number("WEB_CONCURRENCY", 2, 1, MAX_WORKERS)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
-        get_redis_client()  # checks the settings of Redis
-        address = address_to_listen_on(host, port)
+        get_redis_client()  # checks its settings; the workers inherit the client
+        address = check_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
     version = setting("BUILD_VERSION", "dev")
@@ -41,12 +41,12 @@ def main():
 
     # Every connection is an open file, and some systems start a process with a limit of 256 files.
     # Another 1,000 are enough for connections to Redis and all else.
-    _, highest_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(MAX_CONNECTIONS + 1_000, highest_limit)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest_limit))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft_limit = min(MAX_CONNECTIONS + 1_000, hard_limit)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
 
-    # granian starts the workers by this method. Forked workers have the start_time of this process,
-    # and share its memory. It is not the default on macOS, and from Python 3.14 on.
+    # Workers that are forks have app.py as it is here, with its start_time, and share the memory.
+    # macOS, and Python from 3.14 on, would start them in another way.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -54,11 +54,11 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # granian closes a connection that has been idle for this time, in ms. Load balancers close
-        # theirs after 60 s, so they are first. If granian were first, a request that a balancer
-        # sends at this very moment would be lost.
-        http1_settings=HTTP1Settings(header_read_timeout=75_000),
-        backpressure=MAX_CONNECTIONS,
+        # granian closes a connection that is idle for 75 s, or takes as long to send headers. A load
+        # balancer keeps it for 60 s, usually. If granian did not keep it longer, the balancer could
+        # send a request on it at the moment in which granian closes it.
+        http1_settings=HTTP1Settings(header_read_timeout=75_000),  # ms
+        backpressure=MAX_CONNECTIONS,  # of each worker
         workers=workers,
         blocking_threads=8,  # requests at a time, in each worker
         respawn_failed_workers=True,
@@ -70,8 +70,8 @@ def main():
     ).serve()
 
 
-def address_to_listen_on(host, port):
-    """Return the IP address of this host. Raise ValueError if it or the port cannot be used.
+def check_address(host, port):
+    """Return the IP address of this host. Raise ValueError if its port is not free.
 
     granian requires an IP address, and shares a port with another granian without a warning. So
     this function looks up the host, and listens on the port for a moment.
