@@ -54,9 +54,9 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # granian closes a connection that is idle for 75 s, or takes as long to send headers. A load
-        # balancer keeps it for 60 s, usually. If granian did not keep it longer, the balancer could
-        # send a request on it at the moment in which granian closes it.
+        # granian closes a connection that is idle for 75 s, or takes as long to send headers. It must
+        # be longer than load balancers keep it, usually 60 s. Otherwise a balancer could send a
+        # request on it just as granian closes it.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),  # ms
         backpressure=MAX_CONNECTIONS,  # of each worker
         workers=workers,
