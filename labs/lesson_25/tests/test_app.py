@@ -288,7 +288,7 @@ def count_visitors(client):
     """Return how many visitors there are, or None if the key holds something else."""
     try:
         return client.scard("lab25_visitors")
-    except redis.ResponseError as error:
+    except redis.exceptions.ResponseError as error:
         if str(error).startswith("WRONGTYPE"):
             return None
         raise
