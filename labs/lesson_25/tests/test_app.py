@@ -59,7 +59,7 @@ def test_routes_return_all_fields(
     }
     for response in (index, health):
         assert (response.status_code, response.content_type) == (200, "application/json")
-        assert response.headers.get("Cache-Control") == "no-store"
+        assert response.headers.get("Cache-Control") == "no-store", "a cache may keep the answer"
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_errors_are_json_and_count_nothing(client, redis_server, method, path, h
     response = client.open(path, method=method, headers={"Host": host})
     assert (response.status_code, response.content_type) == (status, "application/json")
     assert set(response.json) == {"error"}
-    assert response.headers.get("Cache-Control") == "no-store"
+    assert response.headers.get("Cache-Control") == "no-store", "a cache may keep the error"
     assert "X-Planted" not in response.headers
     if status == 405:
-        allowed = response.headers.get("Allow", "none").split(", ")
-        assert set(allowed) == {"GET", "HEAD", "OPTIONS"}
+        allowed = set(response.headers.get("Allow", "").split(", "))
+        assert allowed == {"GET", "HEAD", "OPTIONS"}, f"a 405 must have them in Allow: {allowed}"
     assert hit(client) == (1, None), "a request that failed was counted"
 
 
@@ -101,9 +101,10 @@ def test_bug_is_logged_500_and_others_count(app, client, redis_server, monkeypat
     with monkeypatch.context() as bug:
         bug.setattr(app._redis_client, "incr", fail)
         response = client.get("/")
-    assert (response.status_code, response.content_type) == (500, "application/json")
-    assert set(response.json) == {"error"} and "secret" not in response.text
-    assert response.headers.get("Cache-Control") == "no-store"
+    assert response.status_code == 500, f"a bug must be a 500, got {response.text}"
+    assert set(response.json) == {"error"}
+    assert "secret" not in response.text, f"the answer shows the bug: {response.text}"
+    assert response.headers.get("Cache-Control") == "no-store", "a cache may keep the error"
     assert "Traceback" in caplog.text and "secret detail" in caplog.text
     assert hit(client) == (1, None), "after a bug in one request, the next is not counted"
 
@@ -113,7 +114,8 @@ def test_bug_is_logged_500_and_others_count(app, client, redis_server, monkeypat
 
 def test_each_get_of_index_counts_once(client, redis_server):
     assert redis_ok(client) is True
-    assert [hit(client) for _ in range(3)] == [(1, None), (2, None), (3, None)]
+    hits = [hit(client) for _ in range(3)]
+    assert hits == [(1, None), (2, None), (3, None)], f"three hits must count to 3, got {hits}"
     assert redis_ok(client) is True
     assert hit(client) == (4, None), "a /health was counted"
     assert fakeredis.FakeRedis(server=redis_server).get("lab25_hits") == b"4"
@@ -187,7 +189,7 @@ def test_hit_is_first_command_and_never_repeated(app, client, monkeypatch, confi
 def test_redis_ok_tells_whether_hits_count(client, configure, reply_to_hit, other_reply, ok):
     with peer(lambda request: reply_to_hit if b"INCRBY" in request else other_reply) as port:
         configure(REDIS_HOST="127.0.0.1", REDIS_PORT=str(port))
-        assert redis_ok(client) is ok
+        assert redis_ok(client) is ok, f"redis_ok must be {ok} when a hit gets {reply_to_hit}"
 
 
 LONG = "DENIED Redis is running in protected mode because " + "because " * 120
@@ -250,7 +252,8 @@ def test_variables_configure_redis(app, configure, settings, expected):
     configure(**settings)
     client = app.get_redis_client()
     options = client.get_connection_kwargs()
-    assert {name: options[name] for name in expected} == expected
+    seen = {name: options[name] for name in expected}
+    assert seen == expected, f"{settings} must set {expected}, got {seen}"
     assert app.get_redis_client() is client, "each request creates a client of its own"
 
 
