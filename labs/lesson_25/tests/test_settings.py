@@ -32,7 +32,6 @@ def server_options(app, monkeypatch):
     monkeypatch.setattr(serve, "Granian", Server)
     monkeypatch.setattr(flask.Flask, "run", lambda _, **given: options.update(given))
     monkeypatch.setattr(serve.multiprocessing, "set_start_method", lambda _: None)
-    monkeypatch.setattr(serve.resource, "setrlimit", lambda *_: None)
     monkeypatch.setenv("RES_OPTIONS", "")  # or what a start sets would stay
     monkeypatch.setenv("PORT", str(free_port()))
     return options
