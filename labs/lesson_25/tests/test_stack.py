@@ -21,6 +21,7 @@ from harness.engine import (
     docker,
     free_port,
     kill,
+    local_stack,
     redis_in,
     remove_images,
 )
@@ -31,7 +32,6 @@ pytestmark = pytest.mark.engine
 REGISTRY_FILE = PROJECT / "compose" / "docker-compose.registry.yml"
 STACK_FILE = PROJECT / "compose" / "docker-stack.yml"
 OWNER = "some-owner"
-MAX_WORKERS = 16
 
 
 def numbers_of(visitors):
@@ -97,9 +97,8 @@ def test_acknowledged_hits_survive_crashes_of_redis(stack):
 
 def test_most_workers_lose_no_request_within_limits(image, tmp_path):
     """With a limit of 128 processes, 16 workers lost a fifth of the requests."""
-    web = f"    image: {image}\n    environment:\n      WEB_CONCURRENCY: {MAX_WORKERS}\n"
-    stack = Stack(tmp_path, LOCAL_FILE, web=web)
-    try:
+    web = "    environment:\n      WEB_CONCURRENCY: 16\n"
+    with local_stack(tmp_path, image, web) as stack:
         stack.up()
         made = stack.container("web")
         with Visitors(stack.port, count=150) as visitors:
@@ -109,8 +108,6 @@ def test_most_workers_lose_no_request_within_limits(image, tmp_path):
         state = made.inspect()["State"]
         assert state["ExitCode"] == 0, f"web stopped with {state['ExitCode']}:\n{made.log()}"
         assert not state["OOMKilled"], "web reached its memory limit"
-    finally:
-        stack.down("--volumes")
 
 
 # The registry file, on a machine that has no other file

@@ -318,9 +318,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def local_stack(folder, image, file=LOCAL_FILE):
+def local_stack(folder, image, web=""):
     """Yield the Stack of the local Compose file with `image`, and remove it at the end."""
-    made = Stack(folder, file, web=f"    image: {image}\n")
+    made = Stack(folder, LOCAL_FILE, web=f"    image: {image}\n{web}")
     try:
         yield made
     finally:
