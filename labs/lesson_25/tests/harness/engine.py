@@ -236,15 +236,6 @@ def redis_in(network, *options):
         yield made
 
 
-def kill(container_name):
-    """Send SIGKILL to all processes of a container, as in a crash.
-
-    After `docker kill` the engine would not restart the container.
-    """
-    pid = inspect(container_name)["State"]["Pid"]
-    docker("run", "--rm", "--pid", "host", "--privileged", REDIS, "sh", "-c", f"kill -9 {pid}")
-
-
 # Stacks
 
 
