@@ -225,6 +225,10 @@ def create_redis_client():
 
 def client_for_url(url, options):
     """Return a client for this URL. Options in the URL override ours. Raise ValueError."""
+    if url.startswith("rediss://"):
+        # A TLS server first sends session tickets. redis-py takes them for an unexpected reply and
+        # drops the connection, unless it has read them with the reply to CLIENT SETINFO.
+        del options["driver_info"]
     try:
         client = redis.Redis.from_url(url, **options)
         # redis-py checks some options only when it creates a connection. This one is never opened.

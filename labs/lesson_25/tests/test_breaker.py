@@ -160,6 +160,7 @@ def test_moved_redis_is_followed_by_every_connection(app, client, clock, monkeyp
     with contextlib.ExitStack() as cleanup:
         pool = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(3))
         with peer(reply_of_old_server) as port:
+            monkeypatch.setattr(app, "STEP_SECONDS", 20)
             monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
             monkeypatch.setenv("REDIS_PORT", str(port))
             app.get_redis_client()
