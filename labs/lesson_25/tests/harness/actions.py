@@ -61,8 +61,7 @@ DOCKER = r"""#!/bin/sh
 [ -e "$WORLD/login" ] || { echo 'ERROR: denied' >&2; exit 1; }
 echo "$* $COMPOSE_FILE $IMAGE_TAG" >>"$WORLD/calls"
 case "$*" in *inspect*)
-    tag=${4##*:}
-    answer=$(jq --raw-output ".[\"$tag\"] // \"$4: not found\"" "$WORLD/registry")
+    answer=$(cat "$WORLD/tag-${4##*:}" || echo "$4: not found")
     [ "$answer" = published ] || { echo "ERROR: $answer" >&2; exit 1; }
 esac
 """
@@ -113,8 +112,8 @@ class Run:
         }
         github.pop(world["github_lacks"], None)
         self.write(github={f"repos/Some-Capitals/orders{path}": github[path] for path in github})
-        self.write(registry=world["registry"], hit={"hit_count": world["hit"]}, calls="")
-        self.write(gh=GH, docker=DOCKER, curl=CURL)
+        self.write(**{f"tag-{tag}": answer for tag, answer in world["registry"].items()})
+        self.write(hit={"hit_count": world["hit"]}, calls="", gh=GH, docker=DOCKER, curl=CURL)
         for command in ("gh", "docker", "curl"):
             (self.folder / command).chmod(0o755)
         context = {
