@@ -205,7 +205,7 @@ def test_every_mark_but_timing_is_run(event, marks, run_on_push):
     assert any(eval(marks, names) for marks in chosen) == (run_on_push and not weekly_texts)
 
 
-def test_test_job_runs_linters_and_image_python():
+def test_linters_and_image_python_are_used():
     dockerfile = (REPOSITORY / "labs/lesson_25/app/Dockerfile").read_text(encoding="utf-8")
     image_python = re.search(r"^FROM python:([\d.]+)", dockerfile, re.M)[1]
     assert JOBS["test"]["strategy"]["matrix"]["python"][-1] == image_python
