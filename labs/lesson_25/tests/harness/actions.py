@@ -114,8 +114,6 @@ class Run:
         self.write(github={f"repos/Some-Capitals/orders{path}": github[path] for path in github})
         self.write(**{f"tag-{tag}": answer for tag, answer in world["registry"].items()})
         self.write(hit={"hit_count": world["hit"]}, calls="", gh=GH, docker=DOCKER, curl=CURL)
-        for command in ("gh", "docker", "curl"):
-            (self.folder / command).chmod(0o755)
         context = {
             "event_name": world["event"],
             "ref": world["ref"],
@@ -136,6 +134,7 @@ class Run:
         for name, content in contents.items():
             text = content if isinstance(content, str) else json.dumps(content)
             (self.folder / name).write_text(text, encoding="utf-8")
+            (self.folder / name).chmod(0o755)
 
     def learn(self, prefix, values):
         for name, text in render(values, self.known).items():
@@ -181,8 +180,8 @@ class Run:
             timeout=60,
         )
         self.output += done.stdout + done.stderr
-        lines = (self.folder / "outputs").read_text().splitlines()
-        self.learn(f"steps.{step.get('id')}.outputs", dict(line.split("=", 1) for line in lines))
+        outputs = re.findall(r"(\w+)=(.*)", (self.folder / "outputs").read_text())
+        self.learn(f"steps.{step.get('id')}.outputs", dict(outputs))
         return done.returncode == 0
 
     def build(self, inputs):
@@ -197,16 +196,14 @@ class Run:
     def list_tags(self, inputs):
         """Return what docker/metadata-action lists."""
         name = self.world["ref"].split("/", 2)[2]
+        branch_tag = re.sub(r"[^\w.-]+", "-", name)
         release = re.fullmatch(r"v(\d+[.]\d+)[.]\d+", name)
         tags = ["latest"] if release and inputs["flavor"] != "latest=false" else []
         for line in inputs["tags"].splitlines():
             rule = dict(part.split("=") for part in line.split(","))
-            if rule["enable"] == "true" and rule["type"] == "raw":
-                tags.append(rule["value"])
-            if rule["enable"] == "true" and rule["type"] == "ref":
-                tags.append(re.sub(r"[^\w.-]+", "-", name))
-            if rule["enable"] == "true" and rule["type"] == "semver" and release:
-                tags.append(release[1])
+            kinds = {"raw": rule.get("value"), "ref": branch_tag, "semver": release and release[1]}
+            if rule["enable"] == "true":
+                tags.append(kinds[rule["type"]])
         return tags
 
     @property
