@@ -169,10 +169,8 @@ class Run:
     def succeeds(self, step, variables):
         """Run a script as GitHub's runner does, and learn its outputs."""
         self.write(outputs="")
-        shell = WORKFLOW.get("defaults", {}).get("run", {}).get("shell")
-        options = ["-eo", "pipefail"] if shell == "bash" else ["-e"]
         done = subprocess.run(
-            ["bash", "--norc", *options, "-c", step["run"]],
+            ["bash", "--norc", "-eo", "pipefail", "-c", step["run"]],
             env=self.variables | variables,
             cwd=self.folder,
             capture_output=True,
