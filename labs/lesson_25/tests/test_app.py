@@ -147,7 +147,7 @@ def test_app_runs_alone_and_without_redis_package(configure, monkeypatch):
     assert hit(client) == (None, None)
     configure(REDIS_HOST="redis.example")
     number, reason = hit(client)
-    assert "the package redis is missing" in str(reason), f"got hit {number}, {reason}"
+    assert "the package redis is not installed" in str(reason), f"got hit {number}, {reason}"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ LONG = "DENIED Redis is running in protected mode because " + "because " * 120
     [
         (None, "ConnectionError: Connection closed by server."),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "InvalidResponse: "),
-        (b"+OK\r\n", "RedisError: the counter must be a number, got b'OK'; is this Redis?"),
+        (b"+OK\r\n", "RedisError: the count must be a number, got b'OK'; is this Redis?"),
         (b"-WRONGTYPE Operation against a key\r\n", "ResponseError: WRONGTYPE Operation against a"),
         (b"-NOAUTH Authentication required.\r\n", "AuthenticationError: Authentication required."),
         (f"-{LONG}\r\n".encode(), f"ResponseError: {LONG}"[:200]),

@@ -104,7 +104,7 @@ def test_password_file_without_one_line_is_refused(refusal, tmp_path, content):
 
 def test_missing_redis_package_is_refused(app, refusal, monkeypatch):
     monkeypatch.setattr(app, "redis", None)
-    assert "the package redis is missing" in refusal(REDIS_URL="redis://redis")
+    assert "the package redis is not installed" in refusal(REDIS_URL="redis://redis")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -140,7 +140,7 @@ def test_server_limits_suit_proxies_and_docker(server_options):
     """Load balancers keep an idle connection for 60 s. Docker kills a container after 10 s."""
     serve.main()
     kept_seconds = server_options["http1_settings"].header_read_timeout / 1000
-    assert limits.KEPT_OPEN_SECONDS < kept_seconds <= 120, (
+    assert 60 < kept_seconds <= 120, (
         f"an idle connection is closed after {kept_seconds} s"
     )
     seconds = server_options["workers_kill_timeout"]
