@@ -18,7 +18,7 @@ from harness.engine import BASE, CONTEXT, REDIS, RUN, docker, free_port, give_im
 from harness.swarm import STACK_FILE, adapted, engines, kernel_lacks, mesh
 
 READERS = 3  # in parallel with the other tests, because they wait more than they work
-UNIT_MINUTES = 10
+UNIT_MINUTES = 15
 
 # A unit is one shell. Each of its blocks is a file whose line numbers are those of the text. On a
 # busy machine, it sleeps longer.
