@@ -100,16 +100,18 @@ def main():
     try:
         name = in_lower_case("NAME", sys.argv[1], "[a-z]([a-z0-9-]{0,28}[a-z0-9])?", NAME_RULE)
         owner = in_lower_case("OWNER", sys.argv[2], "[a-z0-9](-?[a-z0-9]){0,38}", OWNER_RULE)
-        folder.mkdir()
-    except (ValueError, OSError) as error:
-        sys.exit(f"Cannot make {folder}: {error}")
+        if folder.exists():
+            raise ValueError(f"FOLDER must not exist yet, got {folder}.")
+    except ValueError as error:
+        sys.exit(str(error))
     # The service has a REDIS_PORT of its own.
     prefix = "REDIS_SERVICE" if name == "redis" else name.upper().replace("-", "_")
     try:
+        folder.mkdir()
         copy_files(folder, name, new_words(name, prefix, owner))
         commit(folder, owner)
     except (Exception, KeyboardInterrupt) as error:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         sys.exit(f"Cannot make {folder}: {error!r}")
     print(REMAINS.format(folder=folder, name=name, prefix=prefix))
 

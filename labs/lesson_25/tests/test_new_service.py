@@ -32,6 +32,9 @@ def test_service_has_its_own_names_only(name, tmp_path):
     text = "\n".join(f"{file}:\n{(folder / file).read_text()}" for file in files)
     left = re.findall(r".*(?:lab25|lesson|vlrrbn).*", text, re.IGNORECASE)
     assert not left, f"words of the lesson: {left}"
+    for file in folder.glob("**/*.md"):
+        for target in re.findall(r"\]\((?!\w+:)([^)#]+)", file.read_text()):
+            assert (file.parent / target).exists(), f"{file}: the link to {target} is broken"
     for file in folder.glob("**/*.py"):
         compile(file.read_text(), file, "exec")
     stack = yaml.safe_load((folder / "compose/docker-compose.registry.yml").read_text())
@@ -57,8 +60,8 @@ def test_service_collects_its_tests_and_passes_those_of_files(tmp_path):
         ("api-", "acme", "new", "NAME must be"),
         (f"{LONGEST}2", "acme", "new", "NAME must be"),
         ("api", "ac me", "new", "OWNER must be"),
-        ("api", "acme", "", "File exists"),
-        ("api", "acme", "missing/new", "No such file"),
+        ("api", "acme", "", "FOLDER must not exist"),
+        ("api", "acme", "missing/new", "Cannot make"),
     ],
 )
 def test_bad_argument_is_rejected_before_anything_is_written(name, owner, folder, reason, tmp_path):
