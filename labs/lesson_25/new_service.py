@@ -18,9 +18,7 @@ OWNER_RULE = "an account on GitHub: 1 to 39 letters, digits and single dashes be
 LESSON = {"lesson_25.md", "steps", "bench", "new_service.py", "run"}
 LESSON_TESTS = {"test_judge.py", "test_new_service.py", "test_texts.py", "test_timing.py"}
 LESSON_HARNESS = {"judge.py", "reader.py", "texts.py"}
-LESSON_LINES = (
-    r"(?m)^.*lesson only, to the end(?s:.*)|^(.*lesson only|@step\().*\n|, marks=step\(.*?\)"
-)
+LESSON_LINES = r"^.*lesson only, to the end(?s:.*)|^(.*lesson only|@step\().*\n|, marks=step\(.*?\)"
 README_SECTIONS = ("Run it", "Test it", "Publish it", "Where to read on", "Trouble")
 REMAINS = """\
 {folder} is a repository with one commit. What remains to decide:
@@ -78,7 +76,7 @@ def copy_files(folder, name, words):
         if path == "README.md":
             sections = [one for one in text.split("\n## ") if one.startswith(README_SECTIONS)]
             text = "\n## ".join([f"# {name}\n\nA web service that counts its visits.\n", *sections])
-        text = re.sub(LESSON_LINES, "", text)
+        text = re.sub(LESSON_LINES, "", text, flags=re.MULTILINE)
         target = folder / re.sub(pattern, lambda word: words[word[0]], path)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CLONE / path, target)  # with its mode
