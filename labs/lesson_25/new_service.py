@@ -38,7 +38,7 @@ def in_lower_case(argument, value, pattern, rule):
     if not re.fullmatch(pattern, lower):
         raise ValueError(f"{argument} must be {rule}, got {value!r}.")
     if lower != value:
-        print(f"{argument} is changed to {lower}, because an image's name is in lower case.")
+        print(f"{argument} is changed to {lower}, because image names are in lower case.")
     return lower
 
 

@@ -45,7 +45,7 @@ def test_service_has_its_own_names_only(name, tmp_path):
     assert "${REDIS_PORT" not in web["ports"][0], "the service has a REDIS_PORT of its own"
 
 
-def test_service_collects_its_tests_and_passes_those_of_files(tmp_path):
+def test_tests_of_service_are_found_and_pass(tmp_path):
     folder = tmp_path / "service"
     new_service("my-api", "acme", folder)
     tests = run_python("-m", "pytest", "-k", "test_files", f"--rootdir={folder}", folder / "tests")
