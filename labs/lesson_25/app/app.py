@@ -1,6 +1,6 @@
 """A hit counter on Redis: the routes, how they call Redis, the client, the settings.
 
-`python app.py` runs it in Flask's development server. In production serve.py starts it.
+`python app.py` runs it in Flask's development server. In production, serve.py starts it.
 """
 
 import ipaddress
@@ -16,11 +16,11 @@ from werkzeug.exceptions import HTTPException
 
 try:
     import redis
-except ImportError:
+except ImportError:  # get_redis_client checks this
     redis = None
 
 app = Flask(__name__, static_folder=None)
-# Worker processes are forks of the one that imports this file, so all report the same uptime.
+# serve.py forks the worker processes after this line has run, so they all report the same uptime.
 start_time = time.monotonic()
 
 # --- Routes
@@ -28,14 +28,14 @@ start_time = time.monotonic()
 
 @app.get("/")
 def index():
-    """Count one hit and return its number. A HEAD request gets here too, and is not a hit."""
+    """Count one hit and return its number. Flask also calls this for HEAD, which is not a hit."""
     hit_count, redis_error = None, None
     if request.method == "GET":
         hit_count, redis_error = call_redis(add_hits, 1)
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.headers.get("Host"),  # request.host drops a name with an underscore
+        "host": request.headers.get("Host"),  # request.host is empty if the host has a "_"
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -45,7 +45,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # Adding 0 fails whenever a hit fails. A PING can succeed although Redis accepts no hits.
+    # To add 0 is a write, so it fails whenever a hit fails. A PING does not: Redis answers it even
+    # if its disk is full and it accepts no writes.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -67,11 +68,9 @@ def forbid_caching(response):
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an error as JSON, with its status and its headers (405 has Allow).
-
-    After an exception in a route, Flask logs the traceback and calls this with a plain 500.
-    """
-    headers = [(name, value) for name, value in error.get_headers() if name != "Content-Type"]
+    """Return an error as JSON. Flask logs any other exception, and calls this with a 500."""
+    headers = dict(error.get_headers())  # a 405 has Allow
+    headers.pop("Content-Type", None)  # text/html, but this answer is JSON
     return {"error": error.description}, error.code, headers
 
 
@@ -79,22 +78,22 @@ def error_as_json(error):
 
 
 def add_hits(client, amount):
-    """Add this many hits to the counter and return it. Raise RedisError if it is not a number."""
+    """Add to the counter and return the new count. Raise RedisError if the reply is no number."""
     count = client.incr("lab25_hits", amount)
     if not isinstance(count, int):  # a server that is not Redis may reply with a text
-        raise redis.RedisError(f"the counter must be a number, got {count!r}; is this Redis?")
+        raise redis.RedisError(f"the count must be a number, got {count!r}; is this Redis?")
     return count
 
 
 def call_redis(operation, *arguments):
     """Return (operation(client, *arguments), None), or (None, reason) if Redis fails.
 
-    Return (None, None) if no Redis is configured. Any other exception of the operation is a bug: it
-    is raised, and makes this one request a 500.
+    Return (None, None) if no Redis is configured. An exception that comes neither from Redis nor
+    from the network is a bug in the operation: it is raised, and only this request gets a 500.
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # only if nothing checked the settings at startup
+    except ValueError as error:  # the start has not checked the settings
         return None, describe(error)
     if client is None:
         return None, None
@@ -104,131 +103,173 @@ def call_redis(operation, *arguments):
 class CircuitBreaker:
     """Spares requests the wait for a Redis that fails.
 
-    Closed, it runs every operation. A failure opens it. Open, it returns the reason at once, except
-    that once a second one call runs its operation: the trial. A success closes it.
+    While the breaker is closed, every call runs its operation. A failure opens it. While it is
+    open, calls return the reason of that failure at once. Only one call a second runs its
+    operation, as a trial. If the trial succeeds, the breaker closes.
 
-    An operation may end late, when the breaker has changed. If it fails, it opens the breaker again
-    although Redis works, until the next trial. If it succeeds, it closes the breaker although Redis
-    fails, until the next failure.
+    A slow operation may end after the breaker has changed. A late failure opens it although Redis
+    works: hits are not counted until the next trial. A late success closes it although Redis fails:
+    requests wait until the next failure.
     """
 
     def __init__(self):
-        self._reason = None  # why it is open; None while it is closed
-        self._next_trial = 0.0  # in seconds of time.monotonic()
-        self._state_lock = threading.Lock()  # held while these two change
-        self._trial_lock = threading.Lock()  # held while a trial runs, so there is only one
+        self._lock = threading.Lock()  # held to read or change the following
+        self._reason = None  # why the breaker is open; None while it is closed
+        self._next_trial = 0.0  # not before this time.monotonic()
+        self._trial_is_running = False
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
-        reason = self._reason  # read once, because other threads change it
-        if reason is None:
-            return self._run(client, operation, *arguments)
-        if not self._trial_lock.acquire(blocking=False):
-            return None, reason
+        with self._lock:
+            if self._reason is None:
+                is_trial = False
+            elif self._trial_is_running or time.monotonic() < self._next_trial:
+                return None, self._reason
+            else:
+                is_trial = True
+                self._trial_is_running = True
         try:
-            if time.monotonic() < self._next_trial:
-                return None, reason
             return self._run(client, operation, *arguments)
         finally:
-            self._trial_lock.release()
+            if is_trial:
+                with self._lock:
+                    self._trial_is_running = False
 
     def _run(self, client, operation, *arguments):
         try:
             result = operation(client, *arguments)
-        except (redis.RedisError, OSError, UnicodeError) as error:  # Unicode: an impossible host
+        except (redis.RedisError, OSError, UnicodeError) as error:
+            # OSError comes from the network, UnicodeError from an impossible host name like a..b.
             reason = describe(error)
-            self._set_reason(reason)
-            # The name of Redis may have a new address. Only a new connection looks it up.
-            if hasattr(client, "connection_pool"):  # not every client that a test puts here has it
+            self._open(reason)
+            # Idle connections may lead to an old address of Redis. A new one looks up its name.
+            if hasattr(client, "connection_pool"):  # a simple client, made for a test, has none
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
-        self._set_reason(None)
+        self._close()
         return result, None
 
-    def _set_reason(self, reason):
-        with self._state_lock:
-            previous = self._reason
+    def _open(self, reason):
+        with self._lock:
+            was_closed = self._reason is None
             self._reason = reason
             self._next_trial = time.monotonic() + 1
-        # Without the lock, or a log that is stuck would stop all requests.
-        if reason and not previous:
+        if was_closed:  # logged after the lock is released, because a log can be slow
             app.logger.warning("Redis failed, hits are not counted: %s", reason)
-        if previous and not reason:
+
+    def _close(self):
+        with self._lock:
+            was_open = self._reason is not None
+            self._reason = None
+        if was_open:
             app.logger.warning("Redis is back, hits are counted again")
 
 
 breaker = CircuitBreaker()
 
 
-def describe(error):
-    """Return an exception as one line of at most 200 characters, without the password."""
-    # Redis quotes a command that it does not know. After AUTH, that is a part of the password.
-    text = str(error).partition(", with args beginning with")[0]
-    if _redis_password:
-        text = text.replace(_redis_password, "***")
-    one_line = " ".join(f"{type(error).__name__}: {text}".split())
-    return one_line[:200]
-
-
 # --- The Redis client
 
-# The limit of each step of an operation. All of them together take, at worst:
-#
-#     1.0 s  to look up the name of Redis (see limit_name_lookup)
-#     2.0 s  to connect, and for TLS, a password and a database other than 0
-#     0.5 s  for the reply
-#
-# A second name server, or address of the name, adds its own. A frozen Redis costs the first reply
-# only: it still accepts connections.
+# The limit of each step of an operation, except for the look-up of the name, which has its own in
+# limit_name_lookup. In the worst case an operation takes:
+#     1.0 s  to look up the name of Redis
+#     0.5 s  to connect
+#     0.5 s  for TLS
+#     0.5 s  to log in with a password
+#     0.5 s  to select a database other than 0
+#     0.5 s  for the reply to the operation
+#     3.5 s  in all, and more if several name servers or several addresses of Redis have to be tried
+# With a frozen Redis it takes 0.5 s: Linux still accepts the connection, and the first reply fails.
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed
-_redis_password = None  # its password, which no message may show
+_redis_password = None  # of this client; describe removes it from messages
 
 
 def get_redis_client():
-    """Return the client of this process, or None if no Redis is configured. It connects later.
+    """Return the Redis client, or None if no Redis is configured. It connects when it is used.
 
-    Raise ValueError if a setting cannot be used, or if the package redis is missing.
+    Raise ValueError if a setting cannot be used, or if the package redis is not installed.
     """
     global _redis_client
     if _redis_client is None and (setting("REDIS_URL") or setting("REDIS_HOST")):
         if redis is None:
-            raise ValueError("REDIS_HOST or REDIS_URL is set, but the package redis is missing")
+            raise ValueError("Redis is configured, but the package redis is not installed")
         _redis_client = create_redis_client()
     return _redis_client
 
 
 def create_redis_client():
-    """Return a client for REDIS_URL or REDIS_HOST. Raise ValueError if a setting is bad."""
+    """Return a client for REDIS_URL, or else for REDIS_HOST. Raise ValueError for a bad setting."""
     global _redis_password
-    _redis_password = redis_password()
     options = {
-        "password": _redis_password,
+        "password": read_redis_password(),
         "socket_connect_timeout": STEP_SECONDS,
         "socket_timeout": STEP_SECONDS,
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        # Without these two, a new connection starts with two more steps.
+        # Keeps redis-py from sending HELLO and CLIENT SETINFO, which would be two more steps.
         "protocol": 2,
         "driver_info": None,
     }
-    if not setting("REDIS_URL"):
-        host = redis_host()
-        port = whole_number("REDIS_PORT", 6379, 1, 65535)
-        db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
-        return redis.Redis(host=host, port=port, db=db, **options)
+    if setting("REDIS_URL"):
+        client = client_for_url(setting("REDIS_URL"), options)
+        _redis_password = client.get_connection_kwargs().get("password")
+    else:
+        client = client_for_host(setting("REDIS_HOST"), options)
+        _redis_password = options["password"]
+    return client
+
+
+def client_for_url(url, options):
+    """Return a client for this URL. What it sets overrides our options. Raise ValueError."""
     try:
-        client = redis.Redis.from_url(setting("REDIS_URL"), **options)
-        # redis-py checks some options only when it creates a connection. This one stays closed.
+        client = redis.Redis.from_url(url, **options)
+        # Not to be used: creating a connection, which stays closed, checks the remaining options.
         client.connection_pool.connection_class(**client.get_connection_kwargs())
-    except Exception:  # its message is not shown: it may contain a part of the password
+    except Exception:  # its message is not shown, because it may contain the password
         raise ValueError(
             "REDIS_URL must be an address that redis-py can use, such as"
             " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
         ) from None
-    _redis_password = client.get_connection_kwargs().get("password")
     return client
+
+
+def client_for_host(host, options):
+    """Return a client for this host, REDIS_PORT and REDIS_DB. Raise ValueError."""
+    if ":" in host and not is_ipv6_address(host):
+        # The value is not shown, because it may contain a password.
+        raise ValueError("REDIS_HOST must be a host name or an IP address, without a port")
+    port = whole_number("REDIS_PORT", 6379, 1, 65535)
+    db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
+    return redis.Redis(host=host, port=port, db=db, **options)
+
+
+def is_ipv6_address(text):
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def limit_name_lookup():
+    """Wait for each name server 1 s, instead of 10 s. Call this before the first look-up."""
+    # The C library reads this variable. Of an option that is there twice it uses the last one, so
+    # the options of the user override ours.
+    user_options = setting("RES_OPTIONS", "")
+    os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
+
+
+def describe(error):
+    """Return an exception as one line of at most 200 characters, without the password."""
+    # The error of an unknown command ends with a part of its arguments. If the command is AUTH, it
+    # is a part of the password.
+    text = str(error).partition(", with args beginning with")[0]
+    if _redis_password:
+        text = text.replace(_redis_password, "***")
+    words = f"{type(error).__name__}: {text}".split()
+    return " ".join(words)[:200]
 
 
 # --- Settings: environment variables. An empty one counts as unset.
@@ -242,45 +283,26 @@ def setting(name, default=None):
 def whole_number(name, default, lowest, highest):
     """Return a setting as an integer. Raise ValueError if it is not one in this range."""
     text = setting(name, str(default))
+    # The pattern comes first, because int() also accepts " 80" and "8_0".
     if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
         return int(text)
     raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {text!r}")
 
 
-def redis_host():
-    """Return REDIS_HOST. Raise ValueError if it has a colon and is not an IPv6 address."""
-    host = setting("REDIS_HOST")
-    try:
-        if ":" in host:
-            ipaddress.IPv6Address(host)
-    except ValueError:  # the value is not shown: it may contain a password
-        raise ValueError(
-            "REDIS_HOST must be a host name or an IP address;"
-            " a port belongs in REDIS_PORT, a user or a password in REDIS_URL"
-        ) from None
-    return host
-
-
-def redis_password():
+def read_redis_password():
     """Return the password for Redis, or None. Raise ValueError if its file cannot be used."""
     path = setting("REDIS_PASSWORD_FILE")
     if path is None:
         return setting("REDIS_PASSWORD")
-    problem = f"REDIS_PASSWORD_FILE must be a file with one line, the password, got {path!r}"
+    requirement = "REDIS_PASSWORD_FILE must be a file with one line, the password"
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{problem}: {error}") from None
+        raise ValueError(f"{requirement}, got {path!r}: {error}") from None
     if len(lines) != 1 or not lines[0]:
-        raise ValueError(f"{problem} with {len(lines)} lines")
+        raise ValueError(f"{requirement}, got {path!r} with {len(lines)} lines")
     return lines[0]
-
-
-def limit_name_lookup():
-    """Have the C library try a name server once, for a second. Its own limit is ten seconds."""
-    user_options = setting("RES_OPTIONS", "")  # they come last, so they override ours
-    os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""The start in production: `python serve.py` checks the settings, then serves app.py by granian.
+"""The start in production: `python serve.py` checks the settings and serves app.py with granian.
 
-granian starts worker processes, which answer the requests, and replaces one that dies. On SIGTERM
-the workers finish the requests that they have begun, then all exit, with status 0. A worker misses
-a signal that comes just before it serves, and is killed after workers_kill_timeout.
+granian starts worker processes, which answer the requests, and replaces a worker that dies. On
+SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. Rarely,
+a worker misses the signal because it has only just started. granian then kills it after 5 s.
 """
 
-import logging
 import multiprocessing
 import resource
 import socket
@@ -14,12 +13,14 @@ import sys
 from granian import Granian
 from granian.http import HTTP1Settings
 
-from app import app, get_redis_client, limit_name_lookup, setting, whole_number
+from app import get_redis_client, limit_name_lookup, setting, whole_number
 
-# Under load 16 workers took 240 MB and 230 processes, threads included: the stacks allow 512 each.
+# Under load, 16 workers took 240 MB of memory and 230 threads. The limits in the Compose files and
+# in the stack file are 512 MB and 512 threads.
 MAX_WORKERS = 16
 
-# Of one worker. Most of them are idle: clients keep a connection for their next request.
+# Each worker holds at most this many connections. Most of them are idle, because clients keep a
+# connection open for their next request.
 MAX_CONNECTIONS = 5_000
 
 
@@ -31,22 +32,21 @@ def main():
         port = whole_number("PORT", 8080, 1, 65535)
         workers = whole_number("WEB_CONCURRENCY", 2, 1, MAX_WORKERS)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
-        get_redis_client()
-        address = free_address(host, port)
+        get_redis_client()  # checks its settings; the workers inherit the client
+        address = check_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
-
-    log_format = "%(asctime)s %(process)d %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=log_format)
     version = setting("BUILD_VERSION", "dev")
-    app.logger.info("lab25-web %s on %s port %s, workers: %s", version, host, port, workers)
+    print(f"lab25-web {version} on {host} port {port}, workers: {workers}", flush=True)
 
-    # A connection is an open file, and a process may start with a limit of 256 of them.
-    _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_CONNECTIONS + 1_000, highest), highest))
+    # Every connection is an open file, and some systems start a process with a limit of 256 files.
+    # Another 1,000 are enough for connections to Redis and all else.
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft_limit = min(MAX_CONNECTIONS + 1_000, hard_limit)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
 
-    # Forked workers share the memory and the start_time of this process. Python 3.14 and macOS
-    # would start them in another way.
+    # Workers that are forks have app.py as it is here, with its start_time, and share the memory.
+    # macOS, and Python from 3.14 on, would start them in another way.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -54,33 +54,34 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        http1_settings=HTTP1Settings(
-            # How long an idle connection is kept, in ms. A load balancer may keep it for 60 s, and
-            # lose the request that it then sends. Headers that take longer are cut off, too.
-            header_read_timeout=75_000,
-        ),
-        backpressure=MAX_CONNECTIONS,
+        # granian closes a connection that is idle for 75 s, or takes as long to send headers. It must
+        # be longer than load balancers keep it, usually 60 s. Otherwise a balancer could send a
+        # request on it just as granian closes it.
+        http1_settings=HTTP1Settings(header_read_timeout=75_000),  # ms
+        backpressure=MAX_CONNECTIONS,  # of each worker
         workers=workers,
-        blocking_threads=8,  # of one worker; all of them may be waiting for Redis
+        blocking_threads=8,  # requests at a time, in each worker
         respawn_failed_workers=True,
-        workers_kill_timeout=5,  # seconds; Docker waits for 10
-        log_level="error",  # of granian's own messages
+        workers_kill_timeout=5,  # seconds; Docker would kill all after 10
+        log_level="error",  # hides granian's own messages, not those of app.py
         log_access=access_log == 1,
+        # %r quotes the path, so that a line break in it cannot fake another line.
         log_access_format="%(time)s %(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     ).serve()
 
 
-def free_address(host, port):
-    """Return the IP address of this host. Raise ValueError if nothing can listen there.
+def check_address(host, port):
+    """Return the IP address of this host. Raise ValueError if its port is not free.
 
     granian requires an IP address, and shares a port with another granian without a warning. So
-    this function looks up the name, and listens on the port for a moment.
+    this function looks up the host, and listens on the port for a moment.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as listener:
             return listener.getsockname()[0]
-    except (OSError, TypeError, ValueError) as error:  # the last two: no host has such a name
+    except (OSError, TypeError, ValueError) as error:
+        # TypeError and ValueError come from characters that no host name has.
         raise ValueError(
             "HOST and PORT must be an address of this machine and a free port,"
             f" got {host!r} and {port}: {error}"

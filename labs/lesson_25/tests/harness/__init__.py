@@ -1,8 +1,8 @@
-"""What the tests and the benchmark share; the files named test_* are what a reader opens."""
+"""Code that the tests and the benchmark share. The tests themselves are in the files test_*.py."""
 
 import pathlib
 
-# The top folder, and the one that holds app, compose and tests; found, so that both may move.
+# The repository root, and the directory of app, compose and tests. Both are found, so they can move.
 REPOSITORY = next(
     folder for folder in pathlib.Path(__file__).parents if (folder / "pytest.ini").exists()
 )

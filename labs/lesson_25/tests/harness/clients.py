@@ -1,12 +1,10 @@
-"""HTTP as the tests' clients speak it."""
+"""HTTP clients of the service, and how the tests wait for an event."""
 
 import collections
 import contextlib
 import http.client
-import itertools
 import json
 import math
-import socket
 import threading
 import time
 
@@ -18,9 +16,9 @@ NO_ANSWER_SECONDS = 20
 
 
 def get(port, path="/", timeout=5):
-    """Return the Answer to one GET on a connection of its own.
+    """Return the Answer to one GET on a new connection.
 
-    Raises one of FAILURES where none comes within `timeout` seconds.
+    Raise one of FAILURES if there is none within `timeout` seconds.
     """
     with contextlib.closing(
         http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
@@ -29,36 +27,51 @@ def get(port, path="/", timeout=5):
 
 
 def ask(connection, path="/"):
-    """Return the Answer to one GET; leave the connection open."""
+    """Return the Answer to one GET, and leave the connection open."""
     connection.request("GET", path)
     response = connection.getresponse()
     return Answer(response.status, response.headers, json.loads(response.read()))
 
 
+def hit(client):
+    """Return (hit_count, redis_error) of one GET / by a Flask test client."""
+    response = client.get("/")
+    assert response.status_code == 200, (
+        f"GET / must never fail, got {response.status_code}: {response.text}"
+    )
+    return response.json["hit_count"], response.json["redis_error"]
+
+
+def redis_ok(client):
+    """Return `redis_ok` of one GET /health by a Flask test client."""
+    response = client.get("/health")
+    assert response.status_code == 200, (
+        f"/health must never fail, got {response.status_code}: {response.text}"
+    )
+    return response.json["redis_ok"]
+
+
 def timed(function, *arguments, **options):
-    """Return the seconds that a call takes."""
-    began = time.monotonic()
+    """Return how many seconds a call takes."""
+    started = time.monotonic()
     function(*arguments, **options)
-    return time.monotonic() - began
+    return time.monotonic() - started
 
 
 def seconds_to(port, path="/"):
-    """Return the seconds to an answer, infinity where none came in NO_ANSWER_SECONDS.
-
-    Fail where it was no 200.
-    """
-    began = time.monotonic()
+    """Return the seconds until an answer with status 200, infinity after NO_ANSWER_SECONDS."""
+    started = time.monotonic()
     try:
         assert get(port, path, NO_ANSWER_SECONDS).status == 200
     except FAILURES:
         return math.inf
-    return time.monotonic() - began
+    return time.monotonic() - started
 
 
 def probe(port, times, every):
-    """Return the seconds to each answer of /health, asked once in `every` seconds.
+    """Return the seconds to each answer of /health, requested once in `every` seconds.
 
-    After an answer that took longer it is asked again at once.
+    After an answer that took longer, it is requested again at once.
     """
     waits = [0.0]
     for _ in range(times):
@@ -68,24 +81,16 @@ def probe(port, times, every):
 
 
 def counted(answer):
-    """Return the number of a hit. Raises ConnectionError, with the reason where it has none."""
+    """Return the number of a hit. Raise ConnectionError with the reason if it has none."""
     if answer.json["redis_error"]:
         raise ConnectionError(answer.json["redis_error"])
     return answer.json["hit_count"]
 
 
-def every_hit_counts(port, hits=20):
-    """Return whether as many hits in a row are counted, which meets every worker.
+def eventually(condition, seconds=PATIENCE_SECONDS, every=0.05, broken="the awaited event"):
+    """Return the first true result of `condition`, which is called until then.
 
-    Raises as `counted` does.
-    """
-    return all(counted(get(port)) for _ in range(hits))
-
-
-def eventually(condition, seconds=PATIENCE_SECONDS, every=0.05, broken="what was waited for"):
-    """Return the first true result of `condition`, called until then.
-
-    After `seconds` it fails. Its message begins with `broken`, the promise that is broken then.
+    Fail after `seconds`, with a message that starts with `broken`: what does not work then.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -96,14 +101,14 @@ def eventually(condition, seconds=PATIENCE_SECONDS, every=0.05, broken="what was
         except FAILURES as error:
             problem = repr(error)
         assert time.monotonic() < deadline, (
-            f"{broken}: not within {seconds} seconds, at last {problem}"
+            f"{broken}: not within {seconds} seconds, last result {problem}"
         )
         time.sleep(every)
 
 
 @contextlib.contextmanager
 def serving(server):
-    """Let a socketserver serve in a `with` block; yield its port."""
+    """Run a socketserver during a `with` block; yield its port."""
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
     try:
@@ -113,39 +118,12 @@ def serving(server):
         server.server_close()
 
 
-@contextlib.contextmanager
-def slow_clients(port, count=200):
-    """Yield connections that, in a `with` block, each send a byte of a header every half second."""
-    stop = threading.Event()
-    with contextlib.ExitStack() as cleanup:
-        made = [
-            cleanup.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
-            for _ in range(count)
-        ]
-        for connection in made:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ")
-
-        def go_on():
-            # One after the other, not in a burst that holds up who measures.
-            for connection in itertools.cycle(made):
-                if stop.wait(0.5 / count):
-                    return
-                with contextlib.suppress(OSError):  # the server has lost patience with it
-                    connection.sendall(b"a")
-
-        thread = threading.Thread(target=go_on)
-        thread.start()
-        cleanup.callback(thread.join)
-        cleanup.callback(stop.set)
-        yield made
-
-
 class Visitors:
-    """Clients that ask for / all the time, in a `with` block.
+    """Clients that request / continuously during a `with` block.
 
-    What each was answered is in its list of `answers`; `failures` holds what came instead of an
-    answer. Each client keeps its connection: a new one for every request would use up the ports of
-    the engine's proxy, which has 28,000 a minute, and then resets connections.
+    `answers` has a list of Answers for each client, `failures` the errors of requests without one.
+    Each client keeps its connection, because a new one for each request would use up the ports of
+    the engine's proxy: it has 28,000 a minute, and then resets connections.
     """
 
     def __init__(self, port, count=8, pause=0.0):
@@ -167,7 +145,7 @@ class Visitors:
                     answers.append(ask(connection))
                 except FAILURES as error:
                     self.failures.append(error)
-                    connection.close()  # the next request opens it anew
+                    connection.close()  # the next request opens it again
 
     def __enter__(self):
         for thread in self._threads:
@@ -180,20 +158,20 @@ class Visitors:
             thread.join()
 
     def count(self):
-        """Return how many hits were counted so far."""
+        """Return how many hits have been counted so far."""
         given = [answer for answers in self.answers for answer in answers]
         return sum(answer.json.get("hit_count") is not None for answer in given)
 
     def numbers(self):
-        """Return the numbers handed out, a list for each client.
+        """Return the numbers of all counted hits, a list for each client.
 
-        Fail where a request had no answer, or one that was no 200, or neither number nor reason.
+        Fail if a request has no answer, or one that is no 200 or has neither number nor reason.
         """
         failed = self.failures
         assert not failed, f"{len(failed)} requests had no answer, the first: {failed[:3]}"
         given = [answer for answers in self.answers for answer in answers]
         statuses = {answer.status for answer in given}
-        assert statuses == {200}, f"answers were not all 200: {statuses}"
+        assert statuses == {200}, f"every answer must be a 200, got {statuses}"
         for answer in given:
             number, error = answer.json["hit_count"], answer.json["redis_error"]
             assert (number is None) != (error is None), f"number or reason: {answer.json}"

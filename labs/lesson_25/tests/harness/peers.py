@@ -1,7 +1,9 @@
-"""What stands at Redis' address and is none, or a Redis that can be held up."""
+"""Stand-ins for Redis on a port of their own: scripted replies, TLS, or a working counter."""
 
 import contextlib
 import socketserver
+import ssl
+import subprocess
 
 import fakeredis
 
@@ -9,41 +11,59 @@ from harness.clients import serving
 from harness.limits import PATIENCE_SECONDS
 
 
-@contextlib.contextmanager
-def peer(answer):
-    """Yield the port of a server that says what `answer(said)` returns; it hangs up for None.
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True  # its port may have had another server, with open connections
+    request_queue_size = 64
 
-    It also hangs up after PATIENCE_SECONDS without a word, so that nobody waits for it for ever.
+
+@contextlib.contextmanager
+def peer(reply_to, port=0, tls=None):
+    """Yield the port of a server that sends `reply_to(request)`, or hangs up if that is None.
+
+    After the `with` block it accepts no connection, but still answers on those that are open. With
+    an SSLContext as `tls`, it speaks TLS.
     """
 
     def handle(connection, *_):
         connection.settimeout(PATIENCE_SECONDS)
-        with contextlib.suppress(TimeoutError):
-            while said := connection.recv(4096):
-                speech = answer(said)
-                if speech is None:
-                    return
-                connection.sendall(speech)
+        with contextlib.suppress(OSError):  # the client is gone, or rejected the certificate
+            if tls:
+                connection = tls.wrap_socket(connection, server_side=True)
+            with connection:
+                while request := connection.recv(4096):
+                    reply = reply_to(request)
+                    if reply is None:
+                        return
+                    connection.sendall(reply)
 
-    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handle)) as port:
-        yield port
+    with serving(Server(("127.0.0.1", port), handle)) as listening_port:
+        yield listening_port
 
 
-def counting_by(answer_hit):
-    """Return an answer for `peer`: `answer_hit()` to a hit, and a PONG to anything else."""
-
-    def answer(said):
-        if b"INCRBY" in said:
-            return answer_hit()
-        return b"+PONG\r\n"
-
-    return answer
+def self_signed(folder):
+    """Return a new certificate for 127.0.0.1, as a file, and the SSLContext of its server."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-subj", "/CN=redis"]
+    command += [
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        key,
+        "-out",
+        certificate,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return certificate, context
 
 
 class FakeRedisServer(fakeredis.TcpFakeServer):
-    """A stand-in for Redis on a port of its own."""
+    """A Redis that works."""
 
-    request_queue_size = 64  # fakeredis' own 5 would drop connections that are made at once
+    request_queue_size = 64  # with fakeredis' own 5, simultaneous connections would be dropped
 
     def __init__(self, port=0):
         super().__init__(("127.0.0.1", port), server_type="redis")

@@ -1,4 +1,4 @@
-"""A reader who types what the texts say, in a clean copy and under names of the tests' own."""
+"""Runs the commands of the texts in a copy of the repository, under names of this test run."""
 
 import concurrent.futures
 import contextlib
@@ -9,35 +9,49 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
-from harness import PROJECT, REPOSITORY
+from harness import REPOSITORY, engine
 from harness.engine import BASE, CONTEXT, REDIS, RUN, docker, free_port, give_image, remove_all
-from harness.swarm import STACK_FILE, adapted, engine_in_container, kernel_lacks, mesh
+from harness.swarm import STACK_FILE, adapted, engines, kernel_lacks, mesh
 
-UNITS_AT_ONCE = 2  # beside the other tests; they wait more than they work
-MINUTES = {"": 5, "fails": 1}  # for one block, by its mark; what must fail does so soon
-SAID_BY_GHCR = "said by GHCR"  # which has other words than the tests' registry
-CURL_SECONDS = 30  # for an answer that does not come
+READERS = 3  # in parallel with the other tests, because they wait more than they work
+UNIT_MINUTES = 10
 
+# A unit is one shell. Each of its blocks is a file whose line numbers are those of the text.
+START = """\
+set -euo pipefail
+sleep() {{ command sleep "$1"; command sleep "$1"; }}  # twice as long, because other tests run
+trap 'echo "$LINENO: exited with status $?: $BASH_COMMAND" >{problem}' ERR
+trap '[ $? != 0 ] || rm {problem}' EXIT
+"""
+NEXT_BLOCK = 'echo; echo {marker}; echo "{line}: not finished" >{problem}\n'
+BLOCK = "source {file}\n"
+FAILING_BLOCK = """\
+set +e; (set -e; source {file})
+[ $? != 0 ] || {{ echo "{line}: must fail, but exited with status 0" >{problem}; exit 1; }}; set -e
+"""
 
-# Variables that no block hands to the next.
-BASHS_OWN = "^declare -[a-z]*r|^declare -[a-zA-Z-]+ (BASH|LINENO|SECONDS|RANDOM|EPOCH|PPID)"
-
-
-def longer_waits(commands):
-    """Return commands that sleep longer on a busy machine, as what they wait for takes longer."""
-    busy = max(1, os.getloadavg()[0] / os.cpu_count())
-    return re.sub(
-        r"\bsleep (\d+)\b(?!\.)", lambda wait: f"sleep {int(wait[1]) * busy:.1f}", commands
-    )
+# Replaces `docker` in a unit with a swarm of its own: it builds here, and does the rest there.
+DOCKER = """\
+#!/bin/bash
+set -euo pipefail
+node() {{
+    {docker} exec -i -e GHCR_OWNER -e IMAGE_TAG -w "/copy${{PWD#{copy}}}" {node} docker "$@"
+}}
+if [[ $1 != build ]]; then node "$@"; exit; fi
+{docker} "$@"
+{docker} save "$(sed 's/.* -t \\([^ ]*\\).*/\\1/' <<<"$*")" | node load --quiet >&2
+"""
 
 
 class Reader:
-    """One reader of one unit: a copy of the repository, and the words that stand for the text's."""
+    """Runs one unit in a copy of the repository, where names, port and registry are its own."""
 
-    def __init__(self, folder, registry, environment):
+    def __init__(self, unit, folder, registry):
+        self.unit = unit
         self.name = f"{RUN}-{secrets.token_hex(2)}"
         self.registry = registry
         self.port = free_port()
@@ -46,239 +60,172 @@ class Reader:
         self.words = {
             "lab25-web": f"{self.name}-web",
             "lab25-redis": f"{self.name}-redis",
-            "lab25_": f"{self.name}_",
             "name: lab25\n": f"name: {self.name}\n",
             "127.0.0.1:8080": f"127.0.0.1:{self.port}",
             "LAB25_PORT:-8080": f"LAB25_PORT:-{self.port}",
-            "LAB25_PORT=8080": f"LAB25_PORT={self.port}",
             "6380": str(free_port()),
             "ghcr.io": registry.address,
             "your-name": registry.user,
             "your-nam": registry.user[:-1],
         }
-        self.copy.mkdir(parents=True)
-        (self.folder / ".curlrc").write_text(f"max-time = {CURL_SECONDS}\n")
+        if not unit.in_own_swarm:  # an engine of its own has no other network or volume
+            self.words["lab25_"] = f"{self.name}_"
         self.environment = {
-            **environment,
-            "DOCKER_CONFIG": registry.logged_out()["DOCKER_CONFIG"],
-            "CURL_HOME": str(self.folder),
+            **registry.logged_out(),
             "GHCR_OWNER": registry.user,
             "GHCR_TOKEN": registry.password,
-            "PORT": str(self.port),  # without Docker; the Compose files do not hand it on
+            "PORT": str(self.port),  # of the service without Docker
+            # The variables that the lesson's reader sets in each new terminal.
+            "LAB25_PORT": str(self.port),
+            "WEB": f"http://127.0.0.1:{self.port}",
         }
-        self._started = []
         self._stopped = False
+        self._shell = None
+
+    def follow(self):
+        """Run the unit and remove what it made. Fail at the first place where the text is wrong."""
+        try:
+            self.copy_repository()
+            with own_swarm(self) if self.unit.in_own_swarm else contextlib.nullcontext():
+                self.run()
+        finally:
+            self.stop()
+            remove_all(self.name)
 
     def own(self, text):
-        """Return a text in the words of this reader's copy."""
+        """Return a text with the names of this reader."""
         for word, own in self.words.items():
             text = text.replace(word, own)
         return text
 
     def copy_repository(self):
-        """Copy what git knows or would add; the product with this reader's own words."""
+        """Copy what git tracks or would add, with the names of this reader."""
         listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         for file in subprocess.check_output(listing, cwd=REPOSITORY, text=True).splitlines():
             source, target = REPOSITORY / file, self.copy / file
-            if not source.exists():
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-            if source.parent != REPOSITORY and source.is_relative_to(PROJECT):
+            if source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
                 target.write_text(self.own(target.read_text()))
+        if not any("-m venv .venv" in block.body for block, _ in self.unit.commands()):
+            (self.copy / ".venv").symlink_to(sys.prefix)
 
-    def read(self, blocks):
-        """Run each sh block and compare what it prints with the text blocks after it.
+    def run(self):
+        """Run all blocks in one shell, and compare what they print with what the text shows."""
+        commands = self.unit.commands()
+        names = {"marker": f"--- {self.name} ---", "problem": self.folder / "problem"}
+        script = START.format(**names)
+        for block, _ in commands:
+            file = self.folder / f"{block.line}.sh"
+            file.write_text("\n" * block.line + self.own(block.body))
+            form = NEXT_BLOCK + (FAILING_BLOCK if block.mark == "fails" else BLOCK)
+            script += form.format(**names, file=file, line=block.line)
+        outputs = self.print_of(script).split(f"\n{names['marker']}\n")[1:]
+        for (block, shown), output in zip(commands, outputs, strict=False):
+            if output is outputs[-1] and names["problem"].exists():
+                self.fail(f"{block.text}:{names['problem'].read_text().rstrip()}", block, output)
+            for text in shown:
+                self.compare(text, block, output)
 
-        A block's shell knows the variables of those before it.
-        """
-        output, command = None, None
-        for block in blocks:
-            if block.is_run:
-                output, command = self.run(block), block
-            elif block.kind == "sh":
-                output = None
-            elif block.kind == "text" and output is not None and block.mark != SAID_BY_GHCR:
-                self.compare(block, command, output)
-
-    def run(self, block):
-        """Run an sh block and return what it prints; fail unless it ends as it should."""
-        variables, failed, printed = (
-            self.folder / name for name in ("variables", "failed", "printed")
-        )
-        assert not self._stopped, "the run was ended"
-        variables.touch()
-        failed.write_text("0 ")
-        first_line = (
-            f"exec </dev/null; source {variables}; "
-            f"trap 'declare -p | grep -vE \"{BASHS_OWN}\" >{variables}' EXIT; "
-            f"""trap 'echo "$((LINENO - 1)) $BASH_COMMAND" >{failed}' ERR\n"""
-        )
-        commands = first_line + longer_waits(self.own(block.body))
-        shell = ["bash", "-euo", "pipefail", "-c", commands]
+    def print_of(self, script):
+        """Return what a script prints, even if it fails or does not finish in time."""
+        assert not self._stopped, "the test run was stopped"
+        printed = self.folder / "printed"
         with printed.open("w") as out:
-            process = subprocess.Popen(
-                shell,
+            self._shell = subprocess.Popen(
+                ["bash", "-c", script],
                 cwd=self.copy,
                 env=self.environment,
+                stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
             )
-        self._started.append(process)
-        minutes = MINUTES[block.mark]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(minutes * 60)
-        line, _, command = failed.read_text().rstrip().partition(" ")
-        output = printed.read_text(errors="replace")
-        if process.returncode is None:
-            self.fail(block.place(), f"did not end in {minutes} minutes", block, output)
-        if process.returncode and block.mark != "fails":
-            what = f"`{command}` ended with status {process.returncode}, expected 0"
-            self.fail(block.place(int(line)), what, block, output)
-        if not process.returncode and block.mark == "fails":
-            self.fail(block.place(), "had to fail and ended with status 0", block, output)
-        return output
+            self._shell.wait(UNIT_MINUTES * 60)
+        return printed.read_text(errors="replace")
 
-    def compare(self, block, command, output):
-        """Fail unless `output` has each line of a text block, in order; … stands for anything."""
+    def compare(self, shown, block, output):
+        """Fail unless the output has each line that is shown, in order. … stands for anything."""
         lines = iter(output.splitlines())
-        for number, line in enumerate(self.own(block.body).splitlines(), start=1):
+        for number, line in enumerate(self.own(shown.body).splitlines(), start=1):
             pattern = re.compile(".*".join(map(re.escape, line.split("…"))))
-            if not any(pattern.fullmatch(shown.rstrip()) for shown in lines):
-                what = f"the text shows a line that its command did not print here: {line}"
-                self.fail(block.place(number), what, command, output)
+            if not any(pattern.fullmatch(printed.rstrip()) for printed in lines):
+                self.fail(f"{shown.place(number)}: not printed: {line}", block, output)
 
-    def fail(self, place, what, block, output):
-        body = self.own(block.body)
-        message = f"{place}: {what}\n\ncommand ({block.place()}):\n{body}\nprinted:\n{output}"
-        pytest.fail(message, pytrace=False)
+    def fail(self, problem, block, output):
+        commands = f"commands ({block.place()}):\n{self.own(block.body)}"
+        pytest.fail(f"{problem}\n\n{commands}\nprinted:\n{output}", pytrace=False)
 
     def stop(self):
-        """Begin no other command, and end what the unit's commands left running."""
+        """Kill what the unit started, and start nothing more."""
         self._stopped = True
-        for process in self._started:
+        if self._shell:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                os.killpg(self._shell.pid, signal.SIGKILL)
+            self._shell.wait()
 
 
-# A swarm of its own
-
-# In the place of `docker`: all but builds is for the node, which gets what was built.
-DOCKER = """#!/bin/bash
-set -o pipefail
-node() {{
-    {docker} exec -i -e GHCR_OWNER -e IMAGE_TAG -e LAB25_PORT \\
-        -w "/copy${{PWD#{copy}}}" {node} docker "$@"
-}}
-[[ $1 == build ]] || {{ node "$@"; exit; }}
-{docker} "$@" || exit
-for word; do
-    if [[ $before == -t ]]; then {docker} save "$word" | node load --quiet >&2 || exit; fi
-    before=$word
-done
-"""
-
-
-def published(unit):
+def published_tags(unit):
     """Return the tags that a unit deploys and does not build."""
-    commands = "".join(block.body for block in unit.blocks if block.is_run)
-    deployed = set(re.findall(r"IMAGE_TAG=([\w.-]+)", commands)) or {"dev"}
+    commands = "".join(block.body for block, _ in unit.commands())
+    deployed = set(re.findall(r"IMAGE_TAG=([\w.-]+)", commands))
     return deployed - set(re.findall(r"-t \S+:([\w.-]+)", commands))
 
 
-@contextlib.contextmanager
-def own_swarm(unit, made):
-    """Let `docker` mean an engine of its own, which is in no swarm yet; builds are made outside.
+def publish(reader, tag):
+    """Push a build with this version to the registry, and keep no image of it here."""
+    image = f"{reader.registry.address}/{reader.registry.user}/{reader.name}-web:{tag}"
+    context = reader.copy / CONTEXT.relative_to(REPOSITORY)
+    docker("build", "--tag", image, "--build-arg", f"BUILD_VERSION={tag}", context)
+    docker("push", image, env=reader.registry.logged_in)
+    docker("image", "rm", image)
 
-    What the unit deploys and does not build is in its registry, with the tag as its version.
+
+@contextlib.contextmanager
+def own_swarm(reader):
+    """Let `docker` be an engine in a container in a `with` block. It is in no swarm yet.
+
+    The registry, which it reaches, has the tags that the unit deploys and does not build.
     """
-    registry, network = made.registry, f"{made.name}-network"
-    for tag in published(unit):
-        publish(made, tag)
-    made.words["ghcr.io"] = "registry:5000"
+    for tag in published_tags(reader.unit):
+        publish(reader, tag)
+    reader.words["ghcr.io"] = "registry:5000"
     lacks = kernel_lacks(BASE)
-    stack = made.copy / STACK_FILE.relative_to(REPOSITORY)
-    stack.write_text(adapted(made.own(STACK_FILE.read_text()), lacks))
-    options = ["--network", network, "--hostname", platform.node()]
-    options += ["--volume", f"{made.copy}:/copy:ro"]
+    stack = reader.copy / STACK_FILE.relative_to(REPOSITORY)
+    stack.write_text(adapted(reader.own(STACK_FILE.read_text()), lacks))
+    options = ["--hostname", platform.node(), "--volume", f"{reader.copy}:/copy:ro"]
     if "IPVS" not in lacks:
-        options += ["--publish", f"127.0.0.1:{made.port}:{made.port}"]
-    dockerd = ["dockerd", "--insecure-registry", "registry:5000"]
-    docker("network", "create", network)
+        options += ["--publish", f"127.0.0.1:{reader.port}:{reader.port}"]
     with contextlib.ExitStack() as cleanup:
-        docker("network", "connect", "--alias", "registry", network, registry.container)
-        cleanup.callback(docker, "network", "disconnect", network, registry.container)
-        node = cleanup.enter_context(engine_in_container(*options, command=dockerd))
-        give_image(REDIS, node, made.folder)
+        network = f"{reader.name}-network"
+        (node,) = cleanup.enter_context(engines(1, network, reader.registry, *options))
+        give_image(REDIS, node, reader.folder)
         if "IPVS" in lacks:
-            cleanup.enter_context(mesh(node, made.port))
-        command = made.folder / "bin" / "docker"
+            cleanup.enter_context(mesh(node, reader.port))
+        command = reader.folder / "bin" / "docker"
         command.parent.mkdir()
-        names = {"docker": shutil.which("docker"), "node": node.name, "copy": made.copy}
+        names = {"docker": shutil.which("docker"), "node": node.name, "copy": reader.copy}
         command.write_text(DOCKER.format(**names))
         command.chmod(0o755)
-        made.environment["PATH"] = f"{command.parent}:{os.environ['PATH']}"
+        reader.environment["PATH"] = f"{command.parent}:{os.environ['PATH']}"
         yield
 
 
-def publish(made, tag):
-    """Push a build of the reader's copy to the registry, and keep no image of it here."""
-    name = f"{made.registry.address}/{made.registry.user}/{made.name}-web:{tag}"
-    context = made.copy / CONTEXT.relative_to(REPOSITORY)
-    docker("build", "--tag", name, "--build-arg", f"BUILD_VERSION={tag}", context)
-    docker("push", name, env=made.registry.logged_in)
-    docker("image", "rm", name)
-
-
-# Side by side
-
-
-def follow(unit, made):
-    """Let a Reader do what a unit says; fail at the first place where the text is wrong."""
-    if unit.in_own_swarm:
-        made.words.pop("lab25_")  # in an engine of their own, services and keys keep their names
-    made.copy_repository()
-    with own_swarm(unit, made) if unit.in_own_swarm else contextlib.nullcontext():
-        made.read(unit.blocks)
-
-
-class Readers:
-    """Readers of some units, several at a time; what became of each is its `result`.
-
-    The one with the most to do begins, so that the others need not wait for it in the end.
-    """
-
-    def __init__(self, units, *options):
-        self.units = sorted(units, key=lambda unit: len(unit.blocks), reverse=True)
-        self.options = options
-        self._made = []
-        self._futures = {}
-        self._pool = concurrent.futures.ThreadPoolExecutor(UNITS_AT_ONCE)
-
-    def begin(self):
-        for unit in self.units:
-            self._futures[unit.name] = self._pool.submit(self._follow, unit)
-
-    def result(self, unit):
-        """Wait for a unit's end; fail as its reader did."""
-        if not self._futures:
-            self.begin()
-        self._futures[unit.name].result()
-
-    def _follow(self, unit):
-        made = Reader(*self.options)
-        self._made.append(made)
-        try:
-            follow(unit, made)
-        finally:
-            made.stop()
-            remove_all(made.name)
-
-    def stop(self):
-        """End those that are still at work; each removes what it has made."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for made in self._made:
-            made.stop()
-        self._pool.shutdown()
+@pytest.fixture(scope="session", autouse=True)
+def followed(request, no_image_stays, tmp_path_factory):
+    """A Future for each unit that this run selects, by name. Readers work while other tests run."""
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    units = [parameters["unit"] for parameters in selected if "unit" in parameters]
+    if not units or engine.problem():
+        yield None
+        return
+    units.sort(key=lambda unit: len(unit.blocks), reverse=True)  # the longest ones first
+    folder, registry = tmp_path_factory.mktemp("texts"), request.getfixturevalue("registry")
+    readers = [Reader(unit, folder, registry) for unit in units]
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        futures = {reader.unit.name: pool.submit(reader.follow) for reader in readers}
+        yield futures
+        pool.shutdown(wait=False, cancel_futures=True)
+        for reader in readers:
+            reader.stop()

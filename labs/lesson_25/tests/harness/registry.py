@@ -1,4 +1,4 @@
-"""A registry of the tests' own, which wants a login for everything, as a private package does."""
+"""A registry of the tests, which requires a login for everything, as a private package does."""
 
 import contextlib
 import json
@@ -10,12 +10,12 @@ import secrets
 from harness.engine import container, docker
 
 USER = PASSWORD = "tester"
-# `htpasswd -Bbn tester tester`: the registry knows no other kind of account
+# `htpasswd -Bbn tester tester`: the registry supports no other kind of account
 ACCOUNTS = "tester:$2y$05$t127/IZ7CdRfb/YURTzcnOX/lBR/RI6sqMoJdKbBCCUX7p7WvOKWC\n"
 
 
 class Registry:
-    """A running registry; `logged_in` is the environment of a docker command that may use it."""
+    """A running registry. `logged_in` is the environment of a docker command that can use it."""
 
     user, password = USER, PASSWORD
 
@@ -26,23 +26,21 @@ class Registry:
         self.logged_in = self.logged_out()
 
     def logged_out(self):
-        """Return the environment of a docker command that has this user's settings and no login.
+        """Return the environment of a docker command with this user's settings and no login.
 
-        Each is a new one.
+        Each call returns a new one.
         """
         own = pathlib.Path(os.environ.get("DOCKER_CONFIG") or pathlib.Path.home() / ".docker")
         config = self.folder / secrets.token_hex(4)
         config.mkdir()
-        settings = {}
-        if own.is_dir():
-            for entry in own.iterdir():
-                if entry.name != "config.json":
-                    (config / entry.name).symlink_to(entry)
-            if (own / "config.json").exists():
-                settings = json.loads((own / "config.json").read_text())
-        for login in ("credsStore", "credHelpers"):
-            settings.pop(login, None)
-        # With none at all, docker would find the system's credential store.
+        for entry in own.glob("*"):
+            if entry.name != "config.json":
+                (config / entry.name).symlink_to(entry)
+        file = own / "config.json"
+        settings = json.loads(file.read_text()) if file.exists() else {}
+        settings.pop("credsStore", None)
+        settings.pop("credHelpers", None)
+        # Without any login, docker would use the system's credential store.
         settings["auths"] = {"lab25.invalid": {}}
         (config / "config.json").write_text(json.dumps(settings))
         return {**os.environ, "DOCKER_CONFIG": str(config)}
@@ -51,7 +49,7 @@ class Registry:
         return f"{self.address}/{owner}/lab25-web:{tag}"
 
     def blobs(self, owner, tag):
-        """Return the compressed bytes of each part of an image that a machine pulls, by digest."""
+        """Return the compressed bytes of each blob that a machine pulls, by digest."""
         name = self.name(owner, tag)
 
         def manifest(name):
@@ -59,7 +57,7 @@ class Registry:
             return json.loads(raw.stdout)
 
         found = manifest(name)
-        if "manifests" in found:  # an index of the image and of how it was built
+        if "manifests" in found:  # an index of the image and its attestations
             (digest,) = [
                 one["digest"] for one in found["manifests"] if one["platform"]["os"] == "linux"
             ]
@@ -67,17 +65,17 @@ class Registry:
         return {blob["digest"]: blob["size"] for blob in (found["config"], *found["layers"])}
 
     def push(self, image, owner, *tags):
-        """Push `image` under each tag, keep none of these names here, and return the digest."""
+        """Push `image` with each tag, remove these names here, and return the digest."""
         for name in [self.name(owner, tag) for tag in tags]:
             docker("tag", image, name)
-            said = docker("push", name, env=self.logged_in).stdout
+            output = docker("push", name, env=self.logged_in).stdout
             docker("image", "rm", name)
-        return re.search(r"digest: (\S+)", said)[1]
+        return re.search(r"digest: (\S+)", output)[1]
 
 
 @contextlib.contextmanager
 def private_registry(folder):
-    """Yield a Registry on a free port of loopback; its files are in `folder`."""
+    """Yield a Registry on a free port of loopback, with its files in `folder`."""
     accounts = folder / "htpasswd"
     accounts.write_text(ACCOUNTS)
     options = [

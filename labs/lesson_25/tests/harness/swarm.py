@@ -1,4 +1,4 @@
-"""What tests of a swarm share: engines in containers, and what the stack needs of the kernel."""
+"""What the tests of a swarm share: engines in containers, and what the kernel lacks for Swarm."""
 
 import contextlib
 import http.client
@@ -13,9 +13,10 @@ from harness.engine import container, docker
 
 STACK_FILE = PROJECT / "compose" / "docker-stack.yml"
 
-# Asks the kernel by netlink for IPVS and for an association with ESP, which loads their modules.
-# Prints what it lacks.
-KERNEL = """import socket, struct
+# Requests IPVS and an association with ESP from the kernel by netlink, which loads their modules.
+# Prints which of them the kernel lacks.
+KERNEL = """
+import socket, struct
 def lacks(protocol, message):
     kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
     kernel.send(struct.pack("=IHHII", 16 + len(message), 16, 5, 0, 0) + message)
@@ -31,7 +32,7 @@ print("ESP" * lacks(6, association))
 
 
 def kernel_lacks(image):
-    """Return the names of what Swarm needs and this kernel has not, of IPVS and ESP."""
+    """Return which of IPVS and ESP, both of which Swarm needs, this kernel lacks."""
     options = ["--rm", "--user=0", "--cap-add=NET_ADMIN"]
     return docker("run", *options, image, "python", "-c", KERNEL).stdout.split()
 
@@ -39,8 +40,8 @@ def kernel_lacks(image):
 def adapted(stack, lacks, **port):
     """Return the text of a stack file for a kernel that `lacks` something.
 
-    Without IPVS there is no mesh: the web's port is then each task's own, with `port` as its form.
-    Without ESP nothing would pass from node to node: the network is then not encrypted.
+    Without IPVS no routing mesh works, so each task publishes its own port, with the keys `port`.
+    Without ESP an encrypted network carries nothing between nodes, so it is not encrypted.
     """
     if not lacks:
         return stack
@@ -53,18 +54,39 @@ def adapted(stack, lacks, **port):
 
 
 @contextlib.contextmanager
-def engine_in_container(*options, command=()):
-    """Yield the Container of an engine of its own, which has started and answers."""
-    image = "docker:28-dind"
-    with container(image, "--privileged", *options, command=command, wait=False) as node:
-        docker("start", node.name)
-        eventually(lambda: node.run("docker", "info", check=False).returncode == 0, 60)
-        yield node
+def engines(count, network, registry, *options):
+    """Yield the Containers of engines in a network of their own, with `registry` as registry:5000.
+
+    They use that registry without TLS, and are removed with the network.
+    """
+    options = ["--privileged", "--network", network, *options]
+    dockerd = ["dockerd", "--insecure-registry", "registry:5000"]
+    with contextlib.ExitStack() as cleanup:
+        docker("network", "create", network)
+        cleanup.callback(docker, "network", "rm", network)
+        docker("network", "connect", "--alias", "registry", network, registry.container)
+        cleanup.callback(docker, "network", "disconnect", network, registry.container)
+        nodes = [
+            cleanup.enter_context(
+                container("docker:28-dind", *options, command=dockerd, wait=False)
+            )
+            for _ in range(count)
+        ]
+        for node in nodes:
+            docker("start", node.name)
+        for node in nodes:
+            wait_for_engine(node)
+        yield nodes
+
+
+def wait_for_engine(node):
+    """Wait until the engine in the container `node` answers."""
+    eventually(lambda: node.run("docker", "info", check=False).returncode == 0, 60)
 
 
 @contextlib.contextmanager
 def mesh(node, port):
-    """Listen on `port` in place of Swarm's mesh: hand each GET to the first task that takes it."""
+    """Replace Swarm's routing mesh: pass each GET on `port` to the first task that accepts it."""
     (network,) = node.inspect()["NetworkSettings"]["Networks"].values()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -81,7 +103,7 @@ def mesh(node, port):
                     return
 
         def log_message(self, *_):
-            """Say nothing."""
+            """Log nothing."""
 
     with serving(http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)):
         yield

@@ -1,4 +1,4 @@
-"""The texts as data: their sections and fenced blocks, each with the place where it stands."""
+"""The texts as data: their fenced blocks, grouped into the units that are run, and their links."""
 
 import dataclasses
 import re
@@ -6,9 +6,11 @@ import re
 from harness import PROJECT, REPOSITORY
 
 GOES_ON = "goes on"
+STARTS_HERE = "starts here"
 OWN_SWARM = "in a swarm of its own"
 COMMENT = re.compile(r" *<!-- (.*) -->")
 FENCE = re.compile(r"( *)```(\w*)")
+OUTPUT_KINDS = {"text", "diff"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Block:
     body: str
 
     def place(self, line=0):
-        """Return where a line of the block stands; 0 is the fence, 1 the first line within."""
+        """Return the place of a line: 0 is the fence, 1 the first line in the block."""
         return f"{self.text}:{self.line + line}"
 
     @property
@@ -31,44 +33,33 @@ class Block:
 
 
 @dataclasses.dataclass
-class Section:
-    """What stands below a heading of the second level; `marks` are those below the heading."""
+class Unit:
+    """What one shell runs: a section of a text, and the sections that go on from it."""
 
     text: str
     heading: str
-    marks: set = dataclasses.field(default_factory=set)
+    in_own_swarm: bool = False
     blocks: list = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class Unit:
-    """A section with those that go on from it; a reader's one sitting, which needs no other."""
-
-    sections: list
-
-    @property
-    def blocks(self):
-        return [block for section in self.sections for block in section.blocks]
-
-    @property
-    def in_own_swarm(self):
-        return OWN_SWARM in self.sections[0].marks
 
     @property
     def name(self):
-        """Return the link that leads to its heading, from the folder that holds the rooms."""
-        first = self.sections[0]
-        room = first.text.removeprefix(f"{PROJECT.relative_to(REPOSITORY)}/")
-        return f"{room}#{anchor(first.heading)}"
+        """Return the link to the heading, from the directory with app, compose and tests."""
+        project = f"{PROJECT.relative_to(REPOSITORY)}/"
+        return f"{self.text.removeprefix(project)}#{anchor(self.heading)}"
 
-
-def anchor(heading):
-    """Return what GitHub makes of a heading for links to it."""
-    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+    def commands(self):
+        """Return each block that is run, with the blocks that show what it prints."""
+        found = []
+        for block in self.blocks:
+            if block.kind == "sh":
+                found.append((block, []))
+            elif found and block.kind in OUTPUT_KINDS and not block.mark:
+                found[-1][1].append(block)
+        return [(block, shown) for block, shown in found if block.is_run]
 
 
 def texts():
-    """Return the paths, from the top folder, of all texts there and of each room's own."""
+    """Return the paths of all texts, from the repository root."""
     files = {*REPOSITORY.glob("*.md"), *REPOSITORY.glob(".github/**/*.md")}
     files |= {*PROJECT.glob("*/README.md")}
     return sorted(str(file.relative_to(REPOSITORY)) for file in files)
@@ -78,11 +69,11 @@ def read(text):
     return (REPOSITORY / text).read_text(encoding="utf-8")
 
 
-def sections(text):
-    """Return each Section of a text; what stands before the first heading belongs to the title."""
-    found = [Section(text, "top")]
+def units(text):
+    """Return the units of a text. The first one is what comes before the first section."""
+    found = [Unit(text, "top")]
     lines = read(text).splitlines()
-    number, mark = 0, ""
+    number, mark, heading = 0, "", ""
     while number < len(lines):
         line = lines[number]
         number += 1
@@ -92,59 +83,28 @@ def sections(text):
             body = "".join(f"{one.removeprefix(indent)}\n" for one in lines[number:end])
             found[-1].blocks.append(Block(text, number, mark, kind, body))
             number = end + 1
-        elif line.startswith("## "):
-            found.append(Section(text, line.removeprefix("## ")))
+        elif line.startswith("##"):
+            level, heading = line.split(" ", maxsplit=1)
+            if level == "##":
+                found.append(Unit(text, heading))
         comment = COMMENT.fullmatch(line)
         mark = comment[1] if comment else ""
-        if mark in {GOES_ON, OWN_SWARM}:
-            found[-1].marks.add(mark)
+        if mark == GOES_ON:
+            found.pop()
+        elif mark == STARTS_HERE:
+            found.append(Unit(text, heading))
+        elif mark == OWN_SWARM:
+            found[-1].in_own_swarm = True
     return found
 
 
 def blocks(text):
-    return [block for section in sections(text) for block in section.blocks]
+    return [block for unit in units(text) for block in unit.blocks]
 
 
-def units(*texts):
-    """Return each Unit of these texts that has a command to run."""
-    found = []
-    for text in texts:
-        for section in sections(text):
-            if GOES_ON in section.marks:
-                found[-1].sections.append(section)
-            else:
-                found.append(Unit([section]))
-    return [unit for unit in found if any(block.is_run for block in unit.blocks)]
-
-
-def written_in(text, name):
-    """Return a file's lines: of the one at a path, or of the Dockerfile that `step N` writes."""
-    if not name.startswith("step "):
-        return read(name).splitlines()
-    (step,) = re.findall(rf"(?ms)^### {name}\b.*?(?=^##|\Z)", read(text), re.I)
-    (dockerfile,) = re.findall(r"(?ms)^cat >\S*Dockerfile <<'EOF'\n(.*?)^EOF$", step)
-    return dockerfile.splitlines()
-
-
-def changed(lines, diff):
-    """Return `lines` as a diff changes them; lines that stay need not be shown.
-
-    Raises ValueError, with the line, where one that the diff shows is not there in this order.
-    """
-    rest, made = list(lines), []
-    for line in diff:
-        sign, content = line[:1], line[1:]
-        if sign == "+":
-            made.append(content)
-            continue
-        if content not in rest:
-            raise ValueError(line)
-        place = rest.index(content)
-        made += rest[:place]
-        del rest[: place + 1]
-        if sign != "-":
-            made.append(content)
-    return made + rest
+def anchor(heading):
+    """Return the name that GitHub gives a heading in links."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def prose(text):
@@ -153,15 +113,15 @@ def prose(text):
 
 
 def broken_links(text):
-    """Return the links of a text that lead to no file of the repository, or to no heading."""
+    """Return the links of a text to files and headings that do not exist in the repository."""
     broken = []
-    for target in re.findall(r"\]\((?!\w+:)([^)]+)\)", prose(text)):
-        path, _, heading = target.partition("#")
+    for link in re.findall(r"\]\((?!\w+:)([^)]+)\)", prose(text)):
+        path, _, heading = link.partition("#")
         file = ((REPOSITORY / text).parent / path).resolve() if path else REPOSITORY / text
         if not file.exists():
-            broken.append(target)
+            broken.append(link)
         elif heading:
-            headings = re.findall(r"(?m)^#+ (.*)$", prose(str(file)))
+            headings = re.findall(r"(?m)^#+ (.*)$", prose(file))
             if heading not in map(anchor, headings):
-                broken.append(target)
+                broken.append(link)
     return broken

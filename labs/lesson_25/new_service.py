@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Make a repository for a service of your own from the files of this one.
+
+Usage: new_service.py NAME OWNER FOLDER
+Example: new_service.py orders-api your-name ../orders-api
+"""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+CLONE = pathlib.Path(__file__).resolve().parents[2]
+NAME_RULE = "1 to 30 letters, digits and dashes, with a letter first and no dash at the end"
+OWNER_RULE = "an account on GitHub: 1 to 39 letters, digits and single dashes between them"
+# What only the lesson needs: names of files and folders.
+LESSON = {"lesson_25.md", "steps", "bench", "new_service.py", "run"}
+LESSON_TESTS = {"test_judge.py", "test_new_service.py", "test_texts.py", "test_timing.py"}
+LESSON_HARNESS = {"judge.py", "reader.py", "texts.py"}
+README_SECTIONS = ("Run it", "Test it", "Publish it", "Where to read on", "Trouble")
+REMAINS = """\
+{folder} is a repository with one commit. What remains to decide:
+  license      add a file LICENSE: there is none
+  description  in README.md and .github/workflows/docker-image-{name}.yml
+  maintainer   the label in app/Dockerfile
+  greeting     git grep "Hello from {name}"
+Start it, and test it, in {folder}:
+  {prefix}_PORT=8081 docker compose -f compose/docker-compose.yml up -d --build --wait
+  python3 -m venv .venv && .venv/bin/python -m pip install -r app/requirements.txt \
+-r tests/requirements.txt && .venv/bin/python -m pytest"""
+
+
+def in_lower_case(argument, value, pattern, rule):
+    """Return value in lower case. Raise ValueError if it does not match the pattern even then."""
+    lower = value.lower()
+    if not re.fullmatch(pattern, lower):
+        raise ValueError(f"{argument} must be {rule}, got {value!r}.")
+    if lower != value:
+        print(f"{argument} is changed to {lower}, because an image's name is in lower case.")
+    return lower
+
+
+def new_words(name, prefix, owner):
+    """Return what replaces each word of the lesson in the service's files and paths."""
+    return {
+        "labs/lesson_25/": "",
+        "](../../../": "](../",
+        "name: lab25\n": f'name: "{name}"\n',  # quoted, because a plain null is not a string
+        # With a suffix, so that in a service called redis only Redis has this host name.
+        "container_name: lab25-web": f"container_name: {name}-web",
+        '"/lab25-web"': f'"/{name}-web"',
+        "rm -f lab25-web": f"rm -f {name}-web",
+        "lab25-web": name,
+        "lab25": name,
+        "LAB25": prefix,
+        "vlrrbn": owner,
+        "redis_password": f"{name}_redis_password",  # all stacks of a swarm share its secrets
+    }
+
+
+def git(folder, *arguments):
+    """Return what git prints. Raise CalledProcessError if it fails; git shows why."""
+    command = ["git", "-C", folder, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def copy_files(folder, name, words):
+    """Copy the clone's files to the folder, in the words of the service."""
+    # Functions and variables of Python keep their names.
+    pattern = rf"(?<!_)({'|'.join(map(re.escape, words))})(?!\()"
+    for path in git(CLONE, "ls-files").splitlines():
+        if not {*path.split("/")}.isdisjoint(LESSON | LESSON_TESTS | LESSON_HARNESS):
+            continue
+        text = (CLONE / path).read_text(encoding="utf-8")
+        if path == "README.md":
+            sections = [one for one in text.split("\n## ") if one.startswith(README_SECTIONS)]
+            text = "\n## ".join([f"# {name}\n\nA web service that counts its visits.\n", *sections])
+        text = re.sub(r"(?ms)^[^\n]*lesson only, to the end.*|^[^\n]*lesson only[^\n]*\n", "", text)
+        target = folder / re.sub(pattern, lambda word: words[word[0]], path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(CLONE / path, target)  # with its mode
+        target.write_text(re.sub(pattern, lambda word: words[word[0]], text), encoding="utf-8")
+
+
+def commit(folder, owner):
+    """Make a git repository of the folder with one commit, by the owner if git knows no author."""
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    git(folder, "add", ".")
+    author = []
+    if subprocess.run(["git", "config", "user.email"], stdout=subprocess.DEVNULL).returncode:
+        author = ["-c", f"user.name={owner}", "-c", f"user.email={owner}@users.noreply.github.com"]
+    git(folder, *author, "commit", "--quiet", "--message=Start with a hit counter")
+
+
+def main():
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    folder = pathlib.Path(sys.argv[3])
+    try:
+        name = in_lower_case("NAME", sys.argv[1], "[a-z]([a-z0-9-]{0,28}[a-z0-9])?", NAME_RULE)
+        owner = in_lower_case("OWNER", sys.argv[2], "[a-z0-9](-?[a-z0-9]){0,38}", OWNER_RULE)
+        folder.mkdir()
+    except (ValueError, OSError) as error:
+        sys.exit(f"Cannot make {folder}: {error}")
+    # The service has a REDIS_PORT of its own.
+    prefix = "REDIS_SERVICE" if name == "redis" else name.upper().replace("-", "_")
+    try:
+        copy_files(folder, name, new_words(name, prefix, owner))
+        commit(folder, owner)
+    except (Exception, KeyboardInterrupt) as error:
+        shutil.rmtree(folder)
+        sys.exit(f"Cannot make {folder}: {error!r}")
+    print(REMAINS.format(folder=folder, name=name, prefix=prefix))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""`python serve.py` as a process: its log, its workers, its connections and its stop."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from harness.clients import FAILURES, Visitors, ask, counted, eventually, get, serving
+from harness.engine import CONTEXT, free_port
+from harness.limits import PATIENCE_SECONDS
+from harness.peers import FakeRedisServer, peer
+
+COMMAND = [sys.executable, CONTEXT / "serve.py"]
+FAILED = "Redis failed, hits are not counted: "
+BACK = "Redis is back, hits are counted again"
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+
+
+def changed_by(statement):
+    """Return a command that starts the service after a statement has changed it."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(CONTEXT)!r})
+import app, serve
+{statement}
+serve.main()
+"""
+    return [sys.executable, "-c", program]
+
+
+def with_limits(idle_seconds, kill_seconds):
+    """Return a command that starts the service with other limits, so that no test waits long."""
+    return changed_by(f"""
+Granian = serve.Granian
+def changed(target, **options):
+    options["http1_settings"].header_read_timeout = {int(idle_seconds * 1000)}
+    options["workers_kill_timeout"] = {kill_seconds}
+    return Granian(target, **options)
+serve.Granian = changed""")
+
+
+class Service:
+    """A running service: its `process`, its `port`, and its `log`."""
+
+    def __init__(self, process, port, log):
+        self.process = process
+        self.port = port
+        self._log = log
+
+    @property
+    def log(self):
+        return self._log.read_text()
+
+    def lines(self, words=""):
+        """Return the lines of the log with these words."""
+        return [line for line in self.log.splitlines() if words in line]
+
+    def workers(self):
+        """Return the process IDs of the workers."""
+        pid = self.process.pid
+        return list(map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+    def stops_with(self, status, seconds=10):
+        """Fail unless the process exits by itself, with this status."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        seen = self.process.returncode
+        assert seen is not None, f"the service still runs after {seconds} s; its log:\n{self.log}"
+        assert seen == status, f"exit status must be {status}, got {seen}; its log:\n{self.log}"
+
+
+@contextlib.contextmanager
+def running(log, command=COMMAND, **settings):
+    """Start a service of one worker, wait until it serves, and yield it; stop it afterwards."""
+    port = free_port()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PORT": str(port), "WEB_CONCURRENCY": "1", **settings},
+            cwd=log.parent,
+        )
+    service = Service(process, port, log)
+
+    def serves():
+        assert process.poll() is None, f"the service has exited: {service.log}"
+        return get(port, "/nowhere").status == 404  # this does not call Redis
+
+    try:
+        eventually(serves, every=0.02, broken="the service serves")
+        yield service
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts a service for this test."""
+    with contextlib.ExitStack() as services:
+        yield lambda *command, **settings: services.enter_context(
+            running(tmp_path / "log", *command, **settings)
+        )
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """A service that many tests share, with a low limit of open files."""
+    limited = ["sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh", *COMMAND]
+    log = tmp_path_factory.mktemp("service") / "log"
+    with running(log, limited, BUILD_VERSION="0a1b2c3") as started:
+        yield started
+
+
+# Start and log
+
+
+def test_log_has_one_line_for_start(service):
+    get(service.port)
+    get(service.port, "/health")
+    lines = service.lines()
+    assert len(lines) == 1, f"the log must have one line, not one for each request: {lines}"
+    start = f"lab25-web 0a1b2c3 on 127.0.0.1 port {service.port}, workers: 1"
+    assert start in lines[0], f"the log must have {start!r}, got {lines[0]!r}"
+
+
+def test_bad_setting_ends_process_with_one_line():
+    environment = {**os.environ, "PORT": "http"}
+    result = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=20)
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert output == "PORT must be a whole number from 1 to 65535, got 'http'\n"
+
+
+def test_access_log_cannot_be_forged(start):
+    service = start(ACCESS_LOG="1")
+    get(service.port, "/nope%0aforged?q=1")
+    line = eventually(lambda: service.lines("forged"), broken="a request is logged")[0]
+    assert "GET" in line and r"/nope\nforged" in line and "404" in line, line
+
+
+# Workers and Redis
+
+
+def test_waiting_hits_hold_up_no_other_request(start):
+    """Seven of a worker's eight threads wait for Redis, which then hangs up on all of them."""
+    waiting, hang_up = threading.Semaphore(0), threading.Event()
+
+    def reply(_):
+        waiting.release()
+        hang_up.wait(20)
+
+    with peer(reply) as redis_port, concurrent.futures.ThreadPoolExecutor(7) as pool:
+        redis = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_port)}
+        service = start(changed_by("app.STEP_SECONDS = 20"), **redis)
+        hits = [pool.submit(get, service.port, timeout=30) for _ in range(7)]
+        try:
+            reached = [waiting.acquire(timeout=5) for _ in hits]
+            assert all(reached), f"only {sum(reached)} of 7 hits wait at the same time"
+            assert get(service.port, "/nowhere").status == 404
+        finally:
+            hang_up.set()
+        numbers = {one.result().json["hit_count"] for one in hits}
+        assert numbers == {None}, f"hits without a reply must have no number, got {numbers}"
+    assert len(service.lines(FAILED)) == 1, f"one outage must be logged once:\n{service.log}"
+
+
+def test_each_worker_logs_outage_and_return_once(start):
+    redis_port = free_port()
+    service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port), WEB_CONCURRENCY="2")
+    with Visitors(service.port, pause=0.01) as visitors:
+        eventually(
+            lambda: len(service.lines(FAILED)) == 2, broken="each worker logs that Redis failed"
+        )
+        with serving(FakeRedisServer(redis_port)):
+            eventually(
+                lambda: len(service.lines(BACK)) == 2, broken="each worker logs that Redis is back"
+            )
+            eventually(lambda: visitors.count() > 20, broken="hits count again")
+            logged = service.lines()[1:]
+    visitors.numbers()
+    assert "Connection refused" in logged[0]
+    assert len(logged) == 4, f"an outage and its end must be two lines of each worker: {logged}"
+
+
+@needs_proc
+def test_killed_worker_is_replaced_and_numbers_stay_unique(start):
+    with serving(FakeRedisServer()) as redis_port:
+        redis = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_port)}
+        service = start(changed_by("app.start_time -= 100"), WEB_CONCURRENCY="2", **redis)
+        with Visitors(service.port) as visitors:
+            eventually(lambda: visitors.count() > 50, broken="hits count")
+            killed = eventually(service.workers)[0]
+            os.kill(killed, signal.SIGKILL)
+            eventually(
+                lambda: len(service.workers()) == 2 and killed not in service.workers(),
+                broken="a killed worker is replaced",
+            )
+            before = visitors.count()
+            eventually(lambda: visitors.count() > before + 50, broken="hits count again")
+            uptime = get(service.port, "/health").json["uptime_seconds"]
+    assert uptime >= 100, f"a new worker must continue the uptime of the service, got {uptime} s"
+    visitors.failures.clear()  # of requests to the killed worker
+    numbers = [number for numbers in visitors.numbers() for number in numbers]
+    assert len(set(numbers)) == len(numbers), "two visitors got the same number"
+
+
+# Connections and bad requests
+
+
+def test_holds_more_connections_than_open_file_limit(service):
+    with contextlib.ExitStack() as idle:
+        for _ in range(100):
+            connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=5)
+            idle.callback(connection.close)
+            assert ask(connection, "/health").status == 200
+
+
+BAD_REQUESTS = {
+    b"nonsense\r\n\r\n": {400},
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03": {400},  # TLS
+    b"GET / HTTP/1.1\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n": {0, 431},
+    b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 5_000 + b"\r\n": {0, 431},
+    b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n": {200, 400},
+    b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n" + b"a" * 99_999: {405},
+}
+
+
+@needs_proc
+def test_bad_requests_get_short_answers_and_no_log(service):
+    workers = service.workers()
+    for request, allowed in BAD_REQUESTS.items():
+        status, body = 0, b""
+        with socket.create_connection(("127.0.0.1", service.port), timeout=5) as connection:
+            answer = http.client.HTTPResponse(connection, method="GET")
+            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                connection.sendall(request)
+                answer.begin()
+                status, body = answer.status, answer.read()
+        assert status in allowed, f"{request[:40]} must be answered by {allowed}, got {status}"
+        assert len(body) < 400 and b"Traceback" not in body, f"{request[:40]} got {body}"
+    assert get(service.port, "/health").status == 200
+    assert service.workers() == workers, "a bad request killed a worker"
+    assert len(service.lines()) == 1, f"a client can fill the log: {service.log}"
+
+
+def half_a_request(port):
+    """Return a connection on which a request has begun."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Unfinished: ")
+    return connection
+
+
+def is_closed(connection):
+    """Return whether the other side closes the connection before the test's patience ends."""
+    connection.settimeout(PATIENCE_SECONDS)
+    try:
+        while connection.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    return True
+
+
+def test_idle_and_unfinished_connections_are_closed(start):
+    service = start(with_limits(idle_seconds=0.5, kill_seconds=5))
+    kept = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    with contextlib.closing(kept), half_a_request(service.port) as unfinished:
+        assert ask(kept).status == 200
+        started = time.monotonic()
+        assert ask(kept, "/health").status == 200
+        assert kept.sock, "a connection must be kept after its answer, and is closed"
+        assert is_closed(kept.sock), "an idle connection is never closed"
+        seconds = time.monotonic() - started
+        assert seconds > 0.4, f"an idle connection is closed after {seconds:.1f} s instead of 0.5"
+        assert is_closed(unfinished), "a request that is never finished keeps its connection"
+
+
+# Stop
+
+
+def test_sigterm_finishes_requests_and_stops_with_0(start):
+    """The parent receives it, as from `docker stop`."""
+    requested = threading.Event()
+
+    def reply_late(_):
+        requested.set()
+        time.sleep(0.3)
+        return b":7\r\n"
+
+    with peer(reply_late) as redis_port, concurrent.futures.ThreadPoolExecutor() as pool:
+        service = start(REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
+        answer = pool.submit(get, service.port)
+        assert requested.wait(10)
+        service.process.terminate()
+        service.stops_with(0)
+        assert counted(answer.result()) == 7
+    assert len(service.lines()) == 1, f"more than the start was logged:\n{service.log}"
+    with pytest.raises(FAILURES):
+        get(service.port)
+
+
+def test_unfinished_request_does_not_prevent_stop(start):
+    service = start(with_limits(idle_seconds=3600, kill_seconds=0.3))
+    with half_a_request(service.port):
+        get(service.port)  # by now the unfinished request has arrived, too
+        service.process.terminate()
+        service.stops_with(0)
+
+
+def test_sigterm_stops_startup_that_waits_for_fifo(tmp_path):
+    fifo = tmp_path / "password"
+    os.mkfifo(fifo)
+    environment = {**os.environ, "REDIS_HOST": "redis", "REDIS_PASSWORD_FILE": str(fifo)}
+    with subprocess.Popen(COMMAND, env=environment) as process:
+        try:
+            # A writer can open it only when the service waits for the password.
+            writer = eventually(lambda: os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+            process.terminate()
+            assert process.wait(5) == -signal.SIGTERM
+        finally:
+            process.kill()
+    os.close(writer)
