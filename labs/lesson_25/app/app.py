@@ -16,7 +16,7 @@ from werkzeug.exceptions import HTTPException
 
 try:
     import redis
-except ImportError:  # get_redis_client checks this
+except ImportError:  # get_redis_client rejects this if a Redis is configured
     redis = None
 
 app = Flask(__name__, static_folder=None)
@@ -35,7 +35,7 @@ def index():
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.headers.get("Host"),  # request.host is empty if the host has a "_"
+        "host": request.headers.get("Host"),  # request.host would be empty for lab25_web
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -45,8 +45,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # To add 0 is a write, so it fails whenever a hit fails. A PING does not: Redis answers it even
-    # if its disk is full and it accepts no writes.
+    # Adding 0 is a write, and fails if hits fail. A PING is not enough: a Redis that accepts no
+    # writes, because its disk is full, still answers a PING.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -93,7 +93,7 @@ def call_redis(operation, *arguments):
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # the start has not checked the settings
+    except ValueError as error:  # only if nothing called get_redis_client at startup
         return None, describe(error)
     if client is None:
         return None, None
@@ -107,9 +107,8 @@ class CircuitBreaker:
     open, calls return the reason of that failure at once. Only one call a second runs its
     operation, as a trial. If the trial succeeds, the breaker closes.
 
-    A slow operation may end after the breaker has changed. A late failure opens it although Redis
-    works: hits are not counted until the next trial. A late success closes it although Redis fails:
-    requests wait until the next failure.
+    A slow call may end after such a change, and undo it. If it fails, the breaker is open until the
+    next trial. If it succeeds, the breaker is closed until the next failure.
     """
 
     def __init__(self):
@@ -142,8 +141,9 @@ class CircuitBreaker:
             # OSError comes from the network, UnicodeError from an impossible host name like a..b.
             reason = describe(error)
             self._open(reason)
-            # Idle connections may lead to an old address of Redis. A new one looks up its name.
-            if hasattr(client, "connection_pool"):  # a simple client, made for a test, has none
+            # Redis may have a new address. The next connection looks it up, but idle connections
+            # would still use the old one.
+            if hasattr(client, "connection_pool"):  # a test may use a client without one
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
         self._close()
@@ -170,20 +170,20 @@ breaker = CircuitBreaker()
 
 # --- The Redis client
 
-# The limit of each step of an operation, except for the look-up of the name, which has its own in
-# limit_name_lookup. In the worst case an operation takes:
-#     1.0 s  to look up the name of Redis
+# The limit of each step of an operation. At worst, an operation takes all of these:
+#     1.0 s  to look up the name of Redis (limit_name_lookup sets this limit)
 #     0.5 s  to connect
 #     0.5 s  for TLS
 #     0.5 s  to log in with a password
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
-#     3.5 s  in all, and more if several name servers or several addresses of Redis have to be tried
-# With a frozen Redis it takes 0.5 s: Linux still accepts the connection, and the first reply fails.
+#     3.5 s  in all
+# It takes longer if there are several name servers, or several addresses of Redis, to try. It takes
+# one step if Redis is frozen: the system still connects, and only the reply does not come.
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed
-_redis_password = None  # of this client; describe removes it from messages
+_redis_password = None  # the password of this client, for describe to remove it from messages
 
 
 def get_redis_client():
@@ -208,12 +208,13 @@ def create_redis_client():
         "socket_timeout": STEP_SECONDS,
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        # Keeps redis-py from sending HELLO and CLIENT SETINFO, which would be two more steps.
+        # Two steps less: the first keeps redis-py from sending HELLO, the second CLIENT SETINFO.
         "protocol": 2,
         "driver_info": None,
     }
     if setting("REDIS_URL"):
         client = client_for_url(setting("REDIS_URL"), options)
+        # The URL may have a password of its own.
         _redis_password = client.get_connection_kwargs().get("password")
     else:
         client = client_for_host(setting("REDIS_HOST"), options)
@@ -222,10 +223,11 @@ def create_redis_client():
 
 
 def client_for_url(url, options):
-    """Return a client for this URL. What it sets overrides our options. Raise ValueError."""
+    """Return a client for this URL. Options in the URL override ours. Raise ValueError."""
     try:
         client = redis.Redis.from_url(url, **options)
-        # Not to be used: creating a connection, which stays closed, checks the remaining options.
+        # redis-py checks some options only when it creates a connection. So we create one, but do
+        # not open it.
         client.connection_pool.connection_class(**client.get_connection_kwargs())
     except Exception:  # its message is not shown, because it may contain the password
         raise ValueError(
@@ -238,7 +240,7 @@ def client_for_url(url, options):
 def client_for_host(host, options):
     """Return a client for this host, REDIS_PORT and REDIS_DB. Raise ValueError."""
     if ":" in host and not is_ipv6_address(host):
-        # The value is not shown, because it may contain a password.
+        # The value is not shown: it may be a URL, with a password.
         raise ValueError("REDIS_HOST must be a host name or an IP address, without a port")
     port = whole_number("REDIS_PORT", 6379, 1, 65535)
     db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
@@ -255,16 +257,14 @@ def is_ipv6_address(text):
 
 def limit_name_lookup():
     """Wait for each name server 1 s, instead of 10 s. Call this before the first look-up."""
-    # The C library reads this variable. Of an option that is there twice it uses the last one, so
-    # the options of the user override ours.
+    # glibc reads this variable. If an option is there twice, it uses the last one: the user's.
     user_options = setting("RES_OPTIONS", "")
     os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
 
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # The error of an unknown command ends with a part of its arguments. If the command is AUTH, it
-    # is a part of the password.
+    # A server that does not know AUTH quotes its arguments, the password, in the error.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")
@@ -283,7 +283,7 @@ def setting(name, default=None):
 def whole_number(name, default, lowest, highest):
     """Return a setting as an integer. Raise ValueError if it is not one in this range."""
     text = setting(name, str(default))
-    # The pattern comes first, because int() also accepts " 80" and "8_0".
+    # int() alone would also accept " 80" and "8_0".
     if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:
         return int(text)
     raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {text!r}")

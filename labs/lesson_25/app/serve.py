@@ -1,12 +1,11 @@
 """The start in production: `python serve.py` checks the settings and serves app.py with granian.
 
 granian starts worker processes, which answer the requests, and replaces a worker that dies. On
-SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. Rarely,
-a worker misses the signal because it has only just started. granian then kills it after 5 s.
+SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. granian
+kills a worker that takes more than 5 s, or that missed the signal because it had just started.
 """
 
 import multiprocessing
-import resource
 import socket
 import sys
 
@@ -15,13 +14,8 @@ from granian.http import HTTP1Settings
 
 from app import get_redis_client, limit_name_lookup, setting, whole_number
 
-# Under load, 16 workers took 240 MB of memory and 230 threads. The limits in the Compose files and
-# in the stack file are 512 MB and 512 threads.
+# Under load, 16 workers took 240 MB of memory and 230 threads. Our Compose files allow 512 of each.
 MAX_WORKERS = 16
-
-# Each worker holds at most this many connections. Most of them are idle, because clients keep a
-# connection open for their next request.
-MAX_CONNECTIONS = 5_000
 
 
 def main():
@@ -33,20 +27,14 @@ def main():
         workers = whole_number("WEB_CONCURRENCY", 2, 1, MAX_WORKERS)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
         get_redis_client()  # checks its settings; the workers inherit the client
-        address = check_address(host, port)
+        address = find_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
     version = setting("BUILD_VERSION", "dev")
     print(f"lab25-web {version} on {host} port {port}, workers: {workers}", flush=True)
 
-    # Every connection is an open file, and some systems start a process with a limit of 256 files.
-    # Another 1,000 are enough for connections to Redis and all else.
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft_limit = min(MAX_CONNECTIONS + 1_000, hard_limit)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
-
-    # Workers that are forks have app.py as it is here, with its start_time, and share the memory.
-    # macOS, and Python from 3.14 on, would start them in another way.
+    # Workers that are forks share the memory of this process, and its start_time. macOS, and Python
+    # from 3.14 on, would start them in another way.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -54,34 +42,33 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # granian closes a connection that is idle for 75 s, or takes as long to send headers. It must
-        # be longer than load balancers keep it, usually 60 s. Otherwise a balancer could send a
-        # request on it just as granian closes it.
-        http1_settings=HTTP1Settings(header_read_timeout=75_000),  # ms
-        backpressure=MAX_CONNECTIONS,  # of each worker
+        # How long granian keeps an idle connection, in ms, and how long it waits for headers. Load
+        # balancers keep connections for 60 s, and lose a request that they send on a closed one.
+        http1_settings=HTTP1Settings(header_read_timeout=75_000),
+        backpressure=5_000,  # connections of each worker, most of them idle
         workers=workers,
         blocking_threads=8,  # requests at a time, in each worker
         respawn_failed_workers=True,
         workers_kill_timeout=5,  # seconds; Docker would kill all after 10
         log_level="error",  # hides granian's own messages, not those of app.py
-        log_access=access_log == 1,
+        log_access=bool(access_log),
         # %r quotes the path, so that a line break in it cannot fake another line.
         log_access_format="%(time)s %(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     ).serve()
 
 
-def check_address(host, port):
+def find_address(host, port):
     """Return the IP address of this host. Raise ValueError if its port is not free.
 
-    granian requires an IP address, and shares a port with another granian without a warning. So
-    this function looks up the host, and listens on the port for a moment.
+    granian requires an IP address. It shares a port with another granian without a warning, so this
+    function listens on the port for a moment.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as listener:
             return listener.getsockname()[0]
     except (OSError, TypeError, ValueError) as error:
-        # TypeError and ValueError come from characters that no host name has.
+        # TypeError and ValueError come from characters that no host name can have.
         raise ValueError(
             "HOST and PORT must be an address of this machine and a free port,"
             f" got {host!r} and {port}: {error}"

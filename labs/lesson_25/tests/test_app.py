@@ -1,6 +1,5 @@
 """The app's responses, without a server: what each route returns, and how it calls Redis."""
 
-import contextlib
 import importlib.util
 import sys
 
@@ -22,17 +21,6 @@ def configure(monkeypatch):
             monkeypatch.setenv(name, value)
 
     return set_all
-
-
-@pytest.fixture
-def redis_peer(configure):
-    """A function that starts a peer as the app's Redis."""
-    with contextlib.ExitStack() as peers:
-
-        def start(reply_to):
-            configure(REDIS_HOST="127.0.0.1", REDIS_PORT=str(peers.enter_context(peer(reply_to))))
-
-        yield start
 
 
 # What the routes return
@@ -71,7 +59,7 @@ def test_routes_return_all_fields(
     }
     for response in (index, health):
         assert (response.status_code, response.content_type) == (200, "application/json")
-        assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers.get("Cache-Control") == "no-store", "a cache may keep the answer"
 
 
 @pytest.mark.parametrize(
@@ -90,19 +78,19 @@ def test_errors_are_json_and_count_nothing(client, redis_server, method, path, h
     response = client.open(path, method=method, headers={"Host": host})
     assert (response.status_code, response.content_type) == (status, "application/json")
     assert set(response.json) == {"error"}
-    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers.get("Cache-Control") == "no-store", "a cache may keep the error"
     assert "X-Planted" not in response.headers
-    allowed = response.headers.get("Allow", "").split(", ")
-    assert (set(allowed) == {"GET", "HEAD", "OPTIONS"}) == (status == 405)
+    if status == 405:
+        allowed = set(response.headers.get("Allow", "").split(", "))
+        assert allowed == {"GET", "HEAD", "OPTIONS"}, f"a 405 must have them in Allow: {allowed}"
     assert hit(client) == (1, None), "a request that failed was counted"
 
 
 @pytest.mark.parametrize("method", ["HEAD", "OPTIONS"])
-@pytest.mark.parametrize("path", ["/", "/health"])
-def test_head_and_options_count_nothing(client, redis_server, method, path):
-    response = client.open(path, method=method)
-    assert (response.status_code, response.data) == (200, b"")
-    assert response.headers["Cache-Control"] == "no-store"
+def test_head_and_options_count_nothing(client, redis_server, method):
+    for path in ("/", "/health"):
+        response = client.open(path, method=method)
+        assert (response.status_code, response.data) == (200, b"")
     assert hit(client) == (1, None), f"a {method} was counted"
 
 
@@ -113,9 +101,10 @@ def test_bug_is_logged_500_and_others_count(app, client, redis_server, monkeypat
     with monkeypatch.context() as bug:
         bug.setattr(app._redis_client, "incr", fail)
         response = client.get("/")
-    assert (response.status_code, response.content_type) == (500, "application/json")
-    assert set(response.json) == {"error"} and "secret" not in response.text
-    assert response.headers["Cache-Control"] == "no-store"
+    assert response.status_code == 500, f"a bug must be a 500, got {response.text}"
+    assert set(response.json) == {"error"}
+    assert "secret" not in response.text, f"the answer shows the bug: {response.text}"
+    assert response.headers.get("Cache-Control") == "no-store", "a cache may keep the error"
     assert "Traceback" in caplog.text and "secret detail" in caplog.text
     assert hit(client) == (1, None), "after a bug in one request, the next is not counted"
 
@@ -125,7 +114,8 @@ def test_bug_is_logged_500_and_others_count(app, client, redis_server, monkeypat
 
 def test_each_get_of_index_counts_once(client, redis_server):
     assert redis_ok(client) is True
-    assert [hit(client) for _ in range(3)] == [(1, None), (2, None), (3, None)]
+    hits = [hit(client) for _ in range(3)]
+    assert hits == [(1, None), (2, None), (3, None)], f"three hits must count to 3, got {hits}"
     assert redis_ok(client) is True
     assert hit(client) == (4, None), "a /health was counted"
     assert fakeredis.FakeRedis(server=redis_server).get("lab25_hits") == b"4"
@@ -171,7 +161,7 @@ def test_bad_setting_is_reason_and_no_crash(client, configure, settings, error):
 # How Redis is called, and what it may reply
 
 
-def test_hit_is_first_command_and_never_repeated(app, client, monkeypatch, redis_peer):
+def test_hit_is_first_command_and_never_repeated(app, client, monkeypatch, configure):
     """Each step of a handshake would wait for a frozen Redis once more."""
     commands = []
 
@@ -180,8 +170,9 @@ def test_hit_is_first_command_and_never_repeated(app, client, monkeypatch, redis
         return b""
 
     monkeypatch.setattr(app, "STEP_SECONDS", 0.2)
-    redis_peer(stay_silent)
-    number, error = hit(client)
+    with peer(stay_silent) as port:
+        configure(REDIS_HOST="127.0.0.1", REDIS_PORT=str(port))
+        number, error = hit(client)
     assert commands == [b"INCRBY"], f"a hit must be one INCRBY, got {commands}"
     assert number is None and error.startswith("TimeoutError: "), (
         f"a silent Redis must be given up, got hit {number}, {error}"
@@ -195,9 +186,10 @@ def test_hit_is_first_command_and_never_repeated(app, client, monkeypatch, redis
         (b"-READONLY You can't write against a read only replica.\r\n", b"+PONG\r\n", False),
     ],
 )
-def test_redis_ok_tells_whether_hits_count(client, redis_peer, reply_to_hit, other_reply, ok):
-    redis_peer(lambda request: reply_to_hit if b"INCRBY" in request else other_reply)
-    assert redis_ok(client) is ok
+def test_redis_ok_tells_whether_hits_count(client, configure, reply_to_hit, other_reply, ok):
+    with peer(lambda request: reply_to_hit if b"INCRBY" in request else other_reply) as port:
+        configure(REDIS_HOST="127.0.0.1", REDIS_PORT=str(port))
+        assert redis_ok(client) is ok, f"redis_ok must be {ok} when a hit gets {reply_to_hit}"
 
 
 LONG = "DENIED Redis is running in protected mode because " + "because " * 120
@@ -211,7 +203,7 @@ LONG = "DENIED Redis is running in protected mode because " + "because " * 120
         (b"+OK\r\n", "RedisError: the count must be a number, got b'OK'; is this Redis?"),
         (b"-WRONGTYPE Operation against a key\r\n", "ResponseError: WRONGTYPE Operation against a"),
         (b"-NOAUTH Authentication required.\r\n", "AuthenticationError: Authentication required."),
-        (f"-{LONG}\r\n".encode(), f"ResponseError: {LONG}"[:200]),
+        (f"-{LONG}\r\n".replace("mode ", "mode\t").encode(), f"ResponseError: {LONG}"[:200]),
         (b"-ERR what is AUTH pass-word?\r\n", "ResponseError: what is AUTH ***?"),
         (
             b"-ERR unknown command 'AUTH', with args beginning with: 'pass-w\r\n",
@@ -219,10 +211,10 @@ LONG = "DENIED Redis is running in protected mode because " + "because " * 120
         ),
     ],
 )
-def test_redis_error_is_short_line_without_password(client, configure, redis_peer, reply, error):
-    configure(REDIS_PASSWORD="pass-word")
-    redis_peer(lambda _: reply)
-    _, reason = hit(client)
+def test_redis_error_is_short_line_without_password(client, configure, reply, error):
+    with peer(lambda _: reply) as port:
+        configure(REDIS_HOST="127.0.0.1", REDIS_PORT=str(port), REDIS_PASSWORD="pass-word")
+        _, reason = hit(client)
     assert str(reason).startswith(error), f"the reason must start with {error!r}, got {reason!r}"
     assert len(reason) <= 200 and len(reason.splitlines()) == 1, f"not a short line: {reason!r}"
     assert "pass-w" not in reason, f"a part of the password is shown: {reason!r}"
@@ -260,7 +252,8 @@ def test_variables_configure_redis(app, configure, settings, expected):
     configure(**settings)
     client = app.get_redis_client()
     options = client.get_connection_kwargs()
-    assert {name: options[name] for name in expected} == expected
+    seen = {name: options[name] for name in expected}
+    assert seen == expected, f"{settings} must set {expected}, got {seen}"
     assert app.get_redis_client() is client, "each request creates a client of its own"
 
 
@@ -298,7 +291,7 @@ def count_visitors(client):
     """Return how many visitors there are, or None if the key holds something else."""
     try:
         return client.scard("lab25_visitors")
-    except redis.ResponseError as error:
+    except redis.exceptions.ResponseError as error:
         if str(error).startswith("WRONGTYPE"):
             return None
         raise

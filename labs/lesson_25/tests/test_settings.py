@@ -32,7 +32,6 @@ def server_options(app, monkeypatch):
     monkeypatch.setattr(serve, "Granian", Server)
     monkeypatch.setattr(flask.Flask, "run", lambda _, **given: options.update(given))
     monkeypatch.setattr(serve.multiprocessing, "set_start_method", lambda _: None)
-    monkeypatch.setattr(serve.resource, "setrlimit", lambda *_: None)
     monkeypatch.setenv("RES_OPTIONS", "")  # or what a start sets would stay
     monkeypatch.setenv("PORT", str(free_port()))
     return options
@@ -140,9 +139,7 @@ def test_server_limits_suit_proxies_and_docker(server_options):
     """Load balancers keep an idle connection for 60 s. Docker kills a container after 10 s."""
     serve.main()
     kept_seconds = server_options["http1_settings"].header_read_timeout / 1000
-    assert 60 < kept_seconds <= 120, (
-        f"an idle connection is closed after {kept_seconds} s"
-    )
+    assert 60 < kept_seconds <= 120, f"an idle connection is closed after {kept_seconds} s"
     seconds = server_options["workers_kill_timeout"]
     assert seconds <= 5, f"an unfinished request delays the stop by {seconds} s"
     connections = server_options["backpressure"]

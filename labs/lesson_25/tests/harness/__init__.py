@@ -2,7 +2,7 @@
 
 import pathlib
 
-# The repository root, and the directory of app, compose and tests. Both are found, so they can move.
+# The repository root, and the directory of app, compose and tests. Found, so that both can move.
 REPOSITORY = next(
     folder for folder in pathlib.Path(__file__).parents if (folder / "pytest.ini").exists()
 )
