@@ -158,7 +158,8 @@ def test_try_deploys_pushed_digest_and_cleans_up(run):
     file = "labs/lesson_25/compose/docker-compose.registry.yml"
     assert all(call.endswith(f" {file} run-7@{DIGEST}") for call in calls), calls
     assert calls[-1].startswith("compose down --volumes")
-    assert read(file)["services"]["web"]["image"].endswith("/lab25-web:${IMAGE_TAG:-dev}")
+    deployed = read(file)["services"]["web"]["image"]
+    assert deployed.endswith("/lab25-web:${IMAGE_TAG:-dev}")
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,8 @@ class Stack:
             "    container_name: !reset null\n"
         )
         self.files = [*files, override]
-        self.environment = {**os.environ, "LAB25_PORT": str(self.port), **(environment or {})}
+        published = {"LAB25_PORT": str(self.port)}
+        self.environment = {**os.environ, **published, **(environment or {})}
 
     def compose(self, *arguments, **options):
         files = [word for file in self.files for word in ("--file", file)]
