@@ -20,7 +20,8 @@ except ImportError:  # an error only if a Redis is configured, see get_redis_cli
     redis = None
 
 app = Flask(__name__, static_folder=None)
-# serve.py forks the worker processes after this line has run, so they all report the same uptime.
+# serve.py imports this file once and then forks its workers. All have this time, so they report the
+# same uptime. Each has its own breaker, and its own copy of the client, which connects later.
 start_time = time.monotonic()
 
 # --- Routes
@@ -35,7 +36,7 @@ def index():
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.headers.get("Host"),  # request.host rejects an underscore
+        "host": request.headers.get("Host"),  # request.host is empty if the name has an underscore
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -45,8 +46,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # Adding 0 is a write, and fails if hits fail. A PING is not enough: a Redis that accepts no
-    # writes, because its disk is full, still answers a PING.
+    # Adding 0 is a write, so it fails whenever a hit would fail. A PING does not: a Redis that
+    # accepts no writes, because its disk is full, still answers it.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -68,7 +69,10 @@ def forbid_caching(response):
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an HTTP error as JSON. Flask makes a 500 of an exception, after it has logged it."""
+    """Return an HTTP error as JSON.
+
+    If a route raises another exception, Flask logs the traceback and calls this with a 500.
+    """
     headers = dict(error.get_headers())  # a 405 has Allow
     headers.pop("Content-Type", None)  # text/html, but this answer is JSON
     return {"error": error.description}, error.code, headers
@@ -139,7 +143,7 @@ class CircuitBreaker:
             self._open(reason)
             close_idle_connections(client)
             return None, reason
-        finally:  # also if the operation has a bug, or there would be no other trial
+        finally:  # after a success, a failure, or a bug in the operation
             if is_trial:
                 with self._lock:
                     self._trial_is_running = False
@@ -162,9 +166,10 @@ breaker = CircuitBreaker()
 
 
 def close_idle_connections(client):
-    """Make the next operation look up the name of Redis, which may have a new address.
+    """Close the connections that wait for their next use.
 
-    redis-py has closed the connection that failed. Those in use are left to their operations.
+    The name of Redis may have a new address, and only a new connection looks it up. Connections in
+    use stay open, since other operations wait for their replies.
     """
     if hasattr(client, "connection_pool"):  # a test may use a client without one
         client.connection_pool.disconnect(inuse_connections=False)
@@ -179,9 +184,8 @@ def close_idle_connections(client):
 #     0.5 s  to log in with a password
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
-#     4.0 s  in all
-# Every other name server or address of Redis that has to be tried takes its time again. If Redis is
-# frozen, an operation takes 0.5 s: the system still connects, but the first reply does not come.
+#     4.0 s  in all, with one name server and one address of Redis; others are tried in turn
+# If Redis is frozen, an operation takes 0.5 s: the system still connects, but no reply comes.
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed
@@ -269,7 +273,7 @@ def limit_name_lookup():
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server that does not know AUTH ends its error with the arguments, or a part of them.
+    # A server that does not know AUTH quotes its arguments, maybe only the start of the password.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")
