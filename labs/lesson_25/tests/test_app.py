@@ -118,7 +118,7 @@ def test_bug_is_logged_500_and_others_count(app, client, redis_server, monkeypat
 # Counting
 
 
-def test_each_get_of_index_counts_once(client, redis_server):
+def test_counts_once_per_request(client, redis_server):
     assert redis_ok(client) is True
     hits = [hit(client) for _ in range(3)]
     assert hits == [(1, None), (2, None), (3, None)], f"three hits must count to 3, got {hits}"
@@ -192,7 +192,7 @@ def test_hit_is_first_command_and_never_repeated(app, client, monkeypatch, confi
         (b"-READONLY You can't write against a read only replica.\r\n", b"+PONG\r\n", False),
     ],
 )
-def test_redis_ok_tells_whether_hits_count(
+def test_redis_ok_is_true_only_if_hits_count(
     client, configure, patient, reply_to_hit, other_reply, ok
 ):
     with peer(lambda request: reply_to_hit if b"INCRBY" in request else other_reply) as port:
