@@ -42,8 +42,9 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # How long granian keeps an idle connection, in ms, and how long it waits for headers. Load
-        # balancers keep connections for 60 s, and lose a request that they send on a closed one.
+        # After this time in ms granian closes an idle connection. Load balancers keep one for 60 s,
+        # and a request that they send just while granian closes it is lost. The headers of a
+        # request have to arrive in the same time.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections of each worker, most of them idle
         workers=workers,
@@ -58,10 +59,9 @@ def main():
 
 
 def find_address(host, port):
-    """Return the IP address of this host. Raise ValueError if its port is not free.
+    """Return the IP address to listen on. Raise ValueError if it, or the port, cannot be used.
 
-    granian requires an IP address. It shares a port with another granian without a warning, so this
-    function listens on the port for a moment.
+    The port is tried here, because granian shares it with another granian without a warning.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
