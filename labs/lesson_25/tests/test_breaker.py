@@ -136,7 +136,7 @@ def test_late_failure_opens_breaker_until_trial(app, client, stub, clock):
     assert hit(client) == (2, None)
 
 
-def test_late_success_leaves_breaker_open(app, client, stub):
+def test_late_success_leaves_breaker_open(app, client, stub, clock):
     def succeed_in_outage(_):
         stub.error = FROZEN
         return hit(client)
