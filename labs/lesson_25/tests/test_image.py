@@ -119,8 +119,8 @@ def contents(image, app_folder, own_view):
     locked = set(re.findall(r"^([a-z0-9-]+==\S+) \\$", requirements, re.M))
     commands = "\n".join(command for _, _, command in history(image))
     return {
-        "steps that install packages": re.findall(".*(?:pip3? install|apt-get |apt ).*", commands),
-        "steps that repeat the Python version": re.findall(r".*python-?3\.\d.*", commands),
+        "steps that install packages": re.findall("(?:pip3? install|apt-get |apt ).*", commands),
+        "steps that repeat the Python version": re.findall(r"\S*python-?3\.\d\S*", commands),
         "packages that differ from requirements.txt": locked ^ set(own_view["packages"]),
         "files that its own user can change": own_view["writable"],
         **run_python(image, SEARCH, "--user", "0"),
@@ -385,7 +385,7 @@ def test_labels_and_health_show_build(image, builder, web):
         assert got == value, f"the label {name} must be {value!r} in this build, got {got!r}"
     assert labels.get("maintainer"), "the label maintainer is missing"
     stage = (inspect(builder, "image")["Config"]["Labels"] or {}).get("stage")
-    assert stage == "builder", f"in the stage builder the label stage must be so, got {stage!r}"
+    assert stage == "builder", f"the stage builder must have the label stage=builder, got {stage!r}"
     health = web.get("/health").json
     shown = health["version"], health["build_date"]
     assert shown == (BUILD_VERSION, BUILD_DATE), f"/health shows another build: {shown}"
