@@ -43,9 +43,9 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # In ms. It limits the wait for the headers of a request, and so the time between requests on
-        # a connection. Load balancers keep idle connections for 60 s. If granian closed one before,
-        # a request that was just sent on it would be lost.
+        # In ms: the limit of the wait for the headers of a request, and so of the time between two
+        # requests on a connection. Load balancers keep idle connections for 60 s. If granian closed
+        # one before, a request that was just sent on it would be lost.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections of each worker, most of them idle
         workers=workers,
