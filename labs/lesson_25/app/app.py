@@ -175,11 +175,11 @@ def close_idle_connections(client):
 # The limit of each step of an operation. At worst, an operation takes all of these:
 #     1.0 s  to look up the name of Redis (limit_name_lookup sets this limit)
 #     0.5 s  to connect
-#     0.5 s  for TLS
+#     1.0 s  for TLS and CLIENT SETINFO (see client_for_url)
 #     0.5 s  to log in with a password
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
-#     3.5 s  in all
+#     4.0 s  in all
 # Every other name server or address of Redis that has to be tried takes its time again. If Redis is
 # frozen, an operation takes 0.5 s: the system still connects, but the first reply does not come.
 STEP_SECONDS = 0.5
@@ -226,8 +226,8 @@ def create_redis_client():
 def client_for_url(url, options):
     """Return a client for this URL. Options in the URL override ours. Raise ValueError."""
     if url.startswith("rediss://"):
-        # A TLS server first sends session tickets. redis-py takes them for an unexpected reply and
-        # drops the connection, unless it has read them with the reply to CLIENT SETINFO.
+        # A server with TLS sends session tickets first. redis-py takes them for an unexpected reply
+        # and drops the connection, unless it reads them with a first reply: to CLIENT SETINFO.
         del options["driver_info"]
     try:
         client = redis.Redis.from_url(url, **options)

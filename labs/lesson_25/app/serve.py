@@ -31,7 +31,8 @@ def main():
     except ValueError as error:
         sys.exit(str(error))
     version = setting("BUILD_VERSION", "dev")
-    print(f"lab25-web {version} on {host} port {port}, workers: {workers}", flush=True)
+    served = f"{host} port {port}, workers: {workers}"
+    print(f"lab25-web {version} on {served}", flush=True)
 
     # Workers that are forks share the memory of this process, and its start_time. macOS, and Python
     # from 3.14 on, would start them in another way.

@@ -43,7 +43,8 @@ def test_routes_return_all_fields(
     client, redis_server, configure, settings, env, version, build_date
 ):
     configure(**settings)
-    index = client.get("/", headers={"Host": "lab25_web:8080"})  # a name that Swarm gives
+    # Swarm gives names with an underscore.
+    index = client.get("/", headers={"Host": "lab25_web:8080"})
     assert index.json == {
         "message": "Hello from lab25",
         "path": "/",
@@ -124,7 +125,8 @@ def test_counts_once_per_request(client, redis_server):
     assert hits == [(1, None), (2, None), (3, None)], f"three hits must count to 3, got {hits}"
     assert redis_ok(client) is True
     assert hit(client) == (4, None), "a /health was counted"
-    assert fakeredis.FakeRedis(server=redis_server).get("lab25_hits") == b"4"
+    redis = fakeredis.FakeRedis(server=redis_server)
+    assert redis.get("lab25_hits") == b"4"
 
 
 def test_counts_nothing_without_configured_redis(client, configure):

@@ -48,7 +48,7 @@ def test_every_section_with_commands_is_run():
     shown = sum(texts.read(text).count("```sh\n") for text in TEXTS)
     left_out = [block for block in BLOCKS if block.mark in NOT_RUN]
     run = [block for unit in UNITS for block, _ in unit.commands()]
-    assert len(run) + len(left_out) == shown, f"{shown} blocks, {len(run)} run"
+    assert len(run) + len(left_out) == shown, f"{shown} sh blocks, {len(run)} of them run"
     assert len(UNITS) >= 12 and len(run) >= 60, f"{len(run)} blocks in {len(UNITS)} units are run"
 
 

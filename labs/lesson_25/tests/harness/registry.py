@@ -48,22 +48,6 @@ class Registry:
     def name(self, owner, tag):
         return f"{self.address}/{owner}/lab25-web:{tag}"
 
-    def blobs(self, owner, tag):
-        """Return the compressed bytes of each blob that a machine pulls, by digest."""
-        name = self.name(owner, tag)
-
-        def manifest(name):
-            raw = docker("buildx", "imagetools", "inspect", "--raw", name, env=self.logged_in)
-            return json.loads(raw.stdout)
-
-        found = manifest(name)
-        if "manifests" in found:  # an index of the image and its attestations
-            (digest,) = [
-                one["digest"] for one in found["manifests"] if one["platform"]["os"] == "linux"
-            ]
-            found = manifest(f"{name}@{digest}")
-        return {blob["digest"]: blob["size"] for blob in (found["config"], *found["layers"])}
-
     def push(self, image, owner, *tags):
         """Push `image` with each tag, remove these names here, and return the digest."""
         for name in [self.name(owner, tag) for tag in tags]:
