@@ -5,6 +5,8 @@ The judge prints the docstring of each, and of each that fails the message, whic
 reader's mistake.
 """
 
+import re
+
 import pytest
 
 from harness import PROJECT
@@ -95,8 +97,9 @@ def reason(excinfo):
     lines = [line for line in str(excinfo.value).splitlines() if line.strip()]
     if lines and lines[0].startswith("docker "):
         command = " ".join(lines[0].split()[:2])
-        errors = [line for line in lines[1:] if not line.startswith("#")]  # these are progress
-        return [f"`{command}` failed:", *errors[-15:]]
+        # "#5 DONE 0.1s" is progress, "#5 0.1 cannot remove…" is output.
+        output = [line for line in lines[1:] if not re.match(r"#\d+ \D", line)]
+        return [f"`{command}` failed:", *output[-15:]]
     # After the message pytest prints the values in the assertion.
     ends = [number for number, line in enumerate(lines) if line.startswith("assert ")]
     return lines[: min([*ends, 6])] or [excinfo.typename]
