@@ -18,6 +18,7 @@ OWNER_RULE = "an account on GitHub: 1 to 39 letters, digits and single dashes be
 LESSON = {"lesson_25.md", "steps", "bench", "new_service.py", "run"}
 LESSON_TESTS = {"test_judge.py", "test_new_service.py", "test_texts.py", "test_timing.py"}
 LESSON_HARNESS = {"judge.py", "reader.py", "texts.py"}
+LESSON_LINES = r"^.*lesson only, to the end(?s:.*)|^(.*lesson only|@step\().*\n|, marks=step\(.*?\)"
 README_SECTIONS = ("Run it", "Test it", "Publish it", "Where to read on", "Trouble")
 REMAINS = """\
 {folder} is a repository with one commit. What remains to decide:
@@ -37,7 +38,7 @@ def in_lower_case(argument, value, pattern, rule):
     if not re.fullmatch(pattern, lower):
         raise ValueError(f"{argument} must be {rule}, got {value!r}.")
     if lower != value:
-        print(f"{argument} is changed to {lower}, because an image's name is in lower case.")
+        print(f"{argument} is changed to {lower}, because image names are in lower case.")
     return lower
 
 
@@ -61,8 +62,7 @@ def new_words(name, prefix, owner):
 
 def git(folder, *arguments):
     """Return what git prints. Raise CalledProcessError if it fails; git shows why."""
-    command = ["git", "-C", folder, *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.check_output(["git", "-C", folder, *arguments], text=True)
 
 
 def copy_files(folder, name, words):
@@ -76,7 +76,7 @@ def copy_files(folder, name, words):
         if path == "README.md":
             sections = [one for one in text.split("\n## ") if one.startswith(README_SECTIONS)]
             text = "\n## ".join([f"# {name}\n\nA web service that counts its visits.\n", *sections])
-        text = re.sub(r"(?ms)^[^\n]*lesson only, to the end.*|^[^\n]*lesson only[^\n]*\n", "", text)
+        text = re.sub(LESSON_LINES, "", text, flags=re.MULTILINE)
         target = folder / re.sub(pattern, lambda word: words[word[0]], path)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CLONE / path, target)  # with its mode
@@ -100,16 +100,18 @@ def main():
     try:
         name = in_lower_case("NAME", sys.argv[1], "[a-z]([a-z0-9-]{0,28}[a-z0-9])?", NAME_RULE)
         owner = in_lower_case("OWNER", sys.argv[2], "[a-z0-9](-?[a-z0-9]){0,38}", OWNER_RULE)
-        folder.mkdir()
-    except (ValueError, OSError) as error:
-        sys.exit(f"Cannot make {folder}: {error}")
+        if folder.exists():
+            raise ValueError(f"FOLDER must not exist yet, got {folder}.")
+    except ValueError as error:
+        sys.exit(str(error))
     # The service has a REDIS_PORT of its own.
     prefix = "REDIS_SERVICE" if name == "redis" else name.upper().replace("-", "_")
     try:
+        folder.mkdir()
         copy_files(folder, name, new_words(name, prefix, owner))
         commit(folder, owner)
     except (Exception, KeyboardInterrupt) as error:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         sys.exit(f"Cannot make {folder}: {error!r}")
     print(REMAINS.format(folder=folder, name=name, prefix=prefix))
 

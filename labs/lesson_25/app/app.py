@@ -16,11 +16,12 @@ from werkzeug.exceptions import HTTPException
 
 try:
     import redis
-except ImportError:  # get_redis_client rejects this if a Redis is configured
+except ImportError:  # an error only if a Redis is configured, see get_redis_client
     redis = None
 
 app = Flask(__name__, static_folder=None)
-# serve.py forks the worker processes after this line has run, so they all report the same uptime.
+# serve.py imports this file once and then forks its workers. All have this time, so they report the
+# same uptime. Each has its own breaker, and its own copy of the client, which connects later.
 start_time = time.monotonic()
 
 # --- Routes
@@ -35,7 +36,7 @@ def index():
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.headers.get("Host"),  # request.host would be empty for lab25_web
+        "host": request.headers.get("Host"),  # request.host is empty if the name has an underscore
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -45,8 +46,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # Adding 0 is a write, and fails if hits fail. A PING is not enough: a Redis that accepts no
-    # writes, because its disk is full, still answers a PING.
+    # Adding 0 is a write, so it fails whenever a hit would fail. A PING does not: a Redis that
+    # accepts no writes, because its disk is full, still answers it.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -61,14 +62,17 @@ def health():
 
 @app.after_request
 def forbid_caching(response):
-    """Keep a cache on the way from giving one number to two visitors."""
+    """Forbid caches to store an answer, or they could give one number to two visitors."""
     response.headers["Cache-Control"] = "no-store"
     return response
 
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an error as JSON. Flask logs any other exception, and calls this with a 500."""
+    """Return an HTTP error as JSON.
+
+    If a route raises another exception, Flask logs the traceback and calls this with a 500.
+    """
     headers = dict(error.get_headers())  # a 405 has Allow
     headers.pop("Content-Type", None)  # text/html, but this answer is JSON
     return {"error": error.description}, error.code, headers
@@ -93,7 +97,7 @@ def call_redis(operation, *arguments):
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # only if nothing called get_redis_client at startup
+    except ValueError as error:  # the settings are bad, and were not checked at startup
         return None, describe(error)
     if client is None:
         return None, None
@@ -104,11 +108,13 @@ class CircuitBreaker:
     """Spares requests the wait for a Redis that fails.
 
     While the breaker is closed, every call runs its operation. A failure opens it. While it is
-    open, calls return the reason of that failure at once. Only one call a second runs its
-    operation, as a trial. If the trial succeeds, the breaker closes.
+    open, calls return the reason of the last failure at once, except for trials: one call at a
+    time, at least a second after the last failure, runs its operation. If it succeeds, the breaker
+    closes.
 
-    A slow call may end after such a change, and undo it. If it fails, the breaker is open until the
-    next trial. If it succeeds, the breaker is closed until the next failure.
+    An operation that started before the breaker opened may end after it has closed again. If it
+    fails then, the breaker opens until the next trial. If it succeeds, nothing changes, as only a
+    trial closes the breaker.
     """
 
     def __init__(self):
@@ -119,35 +125,28 @@ class CircuitBreaker:
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
+        is_trial = False
         with self._lock:
-            if self._reason is None:
-                is_trial = False
-            elif self._trial_is_running or time.monotonic() < self._next_trial:
-                return None, self._reason
-            else:
+            if self._reason is not None:
+                if self._trial_is_running or time.monotonic() < self._next_trial:
+                    return None, self._reason
                 is_trial = True
                 self._trial_is_running = True
         try:
-            return self._run(client, operation, *arguments)
-        finally:
+            result = operation(client, *arguments)
+            if is_trial:
+                self._close()
+            return result, None
+        # OSError comes from the network, UnicodeError from an impossible host name like a..b.
+        except (redis.RedisError, OSError, UnicodeError) as error:
+            reason = describe(error)
+            self._open(reason)
+            close_idle_connections(client)
+            return None, reason
+        finally:  # after a success, a failure, or a bug in the operation
             if is_trial:
                 with self._lock:
                     self._trial_is_running = False
-
-    def _run(self, client, operation, *arguments):
-        try:
-            result = operation(client, *arguments)
-        except (redis.RedisError, OSError, UnicodeError) as error:
-            # OSError comes from the network, UnicodeError from an impossible host name like a..b.
-            reason = describe(error)
-            self._open(reason)
-            # Redis may have a new address. The next connection looks it up, but idle connections
-            # would still use the old one.
-            if hasattr(client, "connection_pool"):  # a test may use a client without one
-                client.connection_pool.disconnect(inuse_connections=False)
-            return None, reason
-        self._close()
-        return result, None
 
     def _open(self, reason):
         with self._lock:
@@ -159,13 +158,21 @@ class CircuitBreaker:
 
     def _close(self):
         with self._lock:
-            was_open = self._reason is not None
             self._reason = None
-        if was_open:
-            app.logger.warning("Redis is back, hits are counted again")
+        app.logger.warning("Redis is back, hits are counted again")
 
 
 breaker = CircuitBreaker()
+
+
+def close_idle_connections(client):
+    """Close the connections that wait for their next use.
+
+    The name of Redis may have a new address, and only a new connection looks it up. Connections in
+    use stay open, since other operations wait for their replies.
+    """
+    if hasattr(client, "connection_pool"):  # a test may use a client without one
+        client.connection_pool.disconnect(inuse_connections=False)
 
 
 # --- The Redis client
@@ -173,13 +180,12 @@ breaker = CircuitBreaker()
 # The limit of each step of an operation. At worst, an operation takes all of these:
 #     1.0 s  to look up the name of Redis (limit_name_lookup sets this limit)
 #     0.5 s  to connect
-#     0.5 s  for TLS
+#     1.0 s  for TLS and CLIENT SETINFO (see client_for_url)
 #     0.5 s  to log in with a password
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
-#     3.5 s  in all
-# It takes longer if there are several name servers, or several addresses of Redis, to try. It takes
-# one step if Redis is frozen: the system still connects, and only the reply does not come.
+#     4.0 s  in all, with one name server and one address of Redis; others are tried in turn
+# If Redis is frozen, an operation takes 0.5 s: the system still connects, but no reply comes.
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed
@@ -208,9 +214,8 @@ def create_redis_client():
         "socket_timeout": STEP_SECONDS,
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        # Two steps less: the first keeps redis-py from sending HELLO, the second CLIENT SETINFO.
-        "protocol": 2,
-        "driver_info": None,
+        "protocol": 2,  # saves a step of each new connection: HELLO
+        "driver_info": None,  # saves another step: CLIENT SETINFO
     }
     if setting("REDIS_URL"):
         client = client_for_url(setting("REDIS_URL"), options)
@@ -224,10 +229,13 @@ def create_redis_client():
 
 def client_for_url(url, options):
     """Return a client for this URL. Options in the URL override ours. Raise ValueError."""
+    if url.startswith("rediss://"):
+        # A server with TLS sends session tickets first. redis-py takes them for an unexpected reply
+        # and drops the connection, unless it reads them with a first reply: to CLIENT SETINFO.
+        del options["driver_info"]
     try:
         client = redis.Redis.from_url(url, **options)
-        # redis-py checks some options only when it creates a connection. So we create one, but do
-        # not open it.
+        # redis-py checks some options only when it creates a connection. This one is never opened.
         client.connection_pool.connection_class(**client.get_connection_kwargs())
     except Exception:  # its message is not shown, because it may contain the password
         raise ValueError(
@@ -256,15 +264,16 @@ def is_ipv6_address(text):
 
 
 def limit_name_lookup():
-    """Wait for each name server 1 s, instead of 10 s. Call this before the first look-up."""
-    # glibc reads this variable. If an option is there twice, it uses the last one: the user's.
+    """Wait for each name server 1 s at most. Call this before the first look-up."""
+    # glibc reads this variable. Its default is two attempts of 5 s each. The options of the user
+    # come last, and override ours.
     user_options = setting("RES_OPTIONS", "")
     os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
 
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server that does not know AUTH quotes its arguments, the password, in the error.
+    # A server that does not know AUTH quotes its arguments, maybe only the start of the password.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")

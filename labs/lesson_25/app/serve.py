@@ -1,8 +1,8 @@
 """The start in production: `python serve.py` checks the settings and serves app.py with granian.
 
 granian starts worker processes, which answer the requests, and replaces a worker that dies. On
-SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. granian
-kills a worker that takes more than 5 s, or that missed the signal because it had just started.
+SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. A worker
+that still runs after 5 s is killed. It may have missed the signal, if it was just starting.
 """
 
 import multiprocessing
@@ -26,15 +26,16 @@ def main():
         port = whole_number("PORT", 8080, 1, 65535)
         workers = whole_number("WEB_CONCURRENCY", 2, 1, MAX_WORKERS)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
-        get_redis_client()  # checks its settings; the workers inherit the client
-        address = find_address(host, port)
+        get_redis_client()  # raises ValueError if its settings cannot be used
+        address = free_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
     version = setting("BUILD_VERSION", "dev")
-    print(f"lab25-web {version} on {host} port {port}, workers: {workers}", flush=True)
+    served = f"{host} port {port}, workers: {workers}"
+    print(f"lab25-web {version} on {served}", flush=True)
 
-    # Workers that are forks share the memory of this process, and its start_time. macOS, and Python
-    # from 3.14 on, would start them in another way.
+    # Forked workers share the memory of app.py, which this process has imported. On macOS, and from
+    # Python 3.14 on, the default is to start them without a fork.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -42,8 +43,9 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # How long granian keeps an idle connection, in ms, and how long it waits for headers. Load
-        # balancers keep connections for 60 s, and lose a request that they send on a closed one.
+        # In ms: the limit of the wait for the headers of a request, and so of the time between two
+        # requests on a connection. Load balancers keep idle connections for 60 s. If granian closed
+        # one before, a request that was just sent on it would be lost.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections of each worker, most of them idle
         workers=workers,
@@ -57,11 +59,10 @@ def main():
     ).serve()
 
 
-def find_address(host, port):
-    """Return the IP address of this host. Raise ValueError if its port is not free.
+def free_address(host, port):
+    """Return the IP address of this host. Raise ValueError if the port is not free there.
 
-    granian requires an IP address. It shares a port with another granian without a warning, so this
-    function listens on the port for a moment.
+    The port is tried here, because granian shares it with another granian without a warning.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -13,7 +13,6 @@ from harness import engine
 from harness.registry import private_registry
 
 pytest_plugins = ["harness.judge", "harness.reader"]  # lesson only
-
 BUILD_VERSION = "0a1b2c3"
 BUILD_DATE = "2025-11-24T08:00:00Z"
 

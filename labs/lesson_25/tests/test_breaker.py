@@ -136,14 +136,14 @@ def test_late_failure_opens_breaker_until_trial(app, client, stub, clock):
     assert hit(client) == (2, None)
 
 
-def test_late_success_closes_breaker_until_failure(app, client, stub, clock):
+def test_late_success_leaves_breaker_open(app, client, stub, clock):
     def succeed_in_outage(_):
         stub.error = FROZEN
         return hit(client)
 
     assert app.call_redis(succeed_in_outage) == ((None, REASON), None)
-    assert [hit(client) for _ in range(3)] == [(None, REASON)] * 3
-    assert stub.calls == 2, f"the next failure must open the breaker, got {stub.calls} calls"
+    assert hit(client) == (None, REASON)
+    assert stub.calls == 1, f"only a trial must close the breaker, got {stub.calls} calls"
 
 
 def test_moved_redis_is_followed_by_every_connection(app, client, clock, monkeypatch):
@@ -160,6 +160,7 @@ def test_moved_redis_is_followed_by_every_connection(app, client, clock, monkeyp
     with contextlib.ExitStack() as cleanup:
         pool = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(3))
         with peer(reply_of_old_server) as port:
+            monkeypatch.setattr(app, "STEP_SECONDS", 20)
             monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
             monkeypatch.setenv("REDIS_PORT", str(port))
             app.get_redis_client()

@@ -14,7 +14,8 @@ LOCAL, REGISTRY, PASSWORD, STACK = (
     f"{PROJECT.relative_to(REPOSITORY)}/compose/docker-{name}.yml"
     for name in ("compose", "compose.registry", "compose.password", "stack")
 )
-WORKFLOW, WEEKLY = (f".github/workflows/{name}-lab25.yml" for name in ("docker-image", "weekly"))
+WORKFLOW = ".github/workflows/docker-image-lab25.yml"
+WEEKLY = ".github/workflows/weekly-lab25.yml"
 DEPENDABOT = ".github/dependabot.yml"
 LISTS = sorted([*REPOSITORY.glob(".ci/requirements.in"), *PROJECT.glob("*/requirements.in")])
 ABSENT = "absent"
@@ -22,12 +23,16 @@ ABSENT = "absent"
 SYNCED = ["redis-server", "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
 REBUILD = [{"action": "rebuild", "path": "../app"}]
 UPDATE = {"order": "start-first", "delay": "10s", "monitor": "30s", "failure_action": "rollback"}
-AUTHORS_IMAGE = "${REGISTRY:-ghcr.io}/${GHCR_OWNER:-vlrrbn}/lab25-web:${IMAGE_TAG:-dev}"
+PORT = "${LAB25_PORT:-8080}:8080"
+IMAGE = "lab25-web:${IMAGE_TAG:-dev}"
+AUTHORS_IMAGE = "${REGISTRY:-ghcr.io}/${GHCR_OWNER:-vlrrbn}/" + IMAGE
+SECRET = "secrets.redis_password.external"
+GROUP = "lab25-image-${{ github.ref }}"
 ONLY_PULL_REQUESTS = "${{ github.event_name == 'pull_request' }}"
 
 # A file, the place where it keeps a promise, the value there, and the promise.
 PROMISES = [
-    (LOCAL, "web.ports", ["127.0.0.1:${LAB25_PORT:-8080}:8080"], "only this machine reaches web"),
+    (LOCAL, "web.ports", [f"127.0.0.1:{PORT}"], "only this machine reaches web"),
     (LOCAL, "web.depends_on.redis.condition", "service_healthy", "web waits for Redis"),
     (LOCAL, "web.restart", "unless-stopped", "web restarts after a crash"),
     (LOCAL, "web.init", True, "web stops at once during its startup"),
@@ -45,13 +50,13 @@ PROMISES = [
     (STACK, "redis.ports", ABSENT, "only containers reach Redis"),
     (STACK, "redis.deploy.replicas", ABSENT, "there is one Redis"),
     (STACK, "redis.deploy.endpoint_mode", "dnsrr", "idle connections to Redis stay open"),
-    (STACK, "secrets.redis_password.external", True, "no file has the password"),
+    (STACK, SECRET, True, "no file has the password"),
     (STACK, "networks.backend.driver_opts.encrypted", "true", "traffic of nodes is encrypted"),
     (WORKFLOW, "on.push.branches", ["main"], "each push to main is tested"),
     (WORKFLOW, "on.push.paths", ABSENT, "no path filter skips a required check"),
     (WORKFLOW, "on.pull_request", None, "each pull request is tested"),
     (WORKFLOW, "on.schedule", ABSENT, "no schedule disables publishing"),
-    (WORKFLOW, "concurrency.group", "lab25-image-${{ github.ref }}", "runs of a branch wait"),
+    (WORKFLOW, "concurrency.group", GROUP, "runs of a branch wait"),
     (WORKFLOW, "concurrency.cancel-in-progress", ONLY_PULL_REQUESTS, "no publishing is cancelled"),
     (WORKFLOW, "defaults.run.shell", "bash", "a failure in a pipe fails the step"),
     (WEEKLY, "on.schedule", [{"cron": "23 4 * * 1"}], "main is built each Monday"),

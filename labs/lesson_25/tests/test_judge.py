@@ -34,7 +34,7 @@ def test_judge_names_requirements_and_what_is_wrong(tmp_path):
     for line in (
         "[x] A container starts, and answers requests from outside with status 200",
         "[ ] The build context has the app's .py files and requirements.txt, and nothing else",
-        "    the build context must be app.py, requirements.txt, got .env, ",
+        "    the build context must be ['app.py', 'requirements.txt'], got ['.env', ",
         "1 of 3 requirements of step 2 are met.",
     ):
         assert line in output, f"the output lacks {line!r}:\n{output}"

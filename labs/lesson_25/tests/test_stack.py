@@ -20,7 +20,7 @@ from harness.engine import (
     container,
     docker,
     free_port,
-    kill,
+    local_stack,
     redis_in,
     remove_images,
 )
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.engine
 REGISTRY_FILE = PROJECT / "compose" / "docker-compose.registry.yml"
 STACK_FILE = PROJECT / "compose" / "docker-stack.yml"
 OWNER = "some-owner"
-MAX_WORKERS = 16
 
 
 def numbers_of(visitors):
@@ -75,31 +74,33 @@ def test_service_runs_without_privileges_within_limits(stack, service, uid):
 
 def test_acknowledged_hits_survive_crashes_of_redis(stack):
     redis = stack.container("redis")
-    crashes = redis.inspect()["RestartCount"]
+
+    def count_on():
+        enough = visitors.count() + 100
+        eventually(lambda: visitors.count() > enough, broken="hits are not counted again")
+
+    def crash():  # `docker kill` would prevent the restart
+        redis.run("sh", "-c", "kill -9 -1", check=False)
+
     with Visitors(stack.port, pause=0.01) as visitors:
-
-        def count_on():
-            enough = visitors.count() + 100
-            eventually(lambda: visitors.count() > enough, broken="hits are not counted again")
-
         count_on()
-        kill(redis.name)
+        crash()
         count_on()
         docker("restart", redis.name)
         count_on()
-        kill(redis.name)
+        crash()
         count_on()
     highest = max(numbers_of(visitors))
     after = stack.hits()
     assert after > highest, f"the counter went back: {after} after {highest}"
-    assert redis.inspect()["RestartCount"] == crashes + 1  # `docker restart` resets it
+    restarts = redis.inspect()["RestartCount"]  # since `docker restart`
+    assert restarts == 1, f"Redis crashed once and was restarted {restarts} times"
 
 
 def test_most_workers_lose_no_request_within_limits(image, tmp_path):
     """With a limit of 128 processes, 16 workers lost a fifth of the requests."""
-    web = f"    image: {image}\n    environment:\n      WEB_CONCURRENCY: {MAX_WORKERS}\n"
-    stack = Stack(tmp_path, LOCAL_FILE, web=web)
-    try:
+    web = "    environment:\n      WEB_CONCURRENCY: 16\n"
+    with local_stack(tmp_path, image, web) as stack:
         stack.up()
         made = stack.container("web")
         with Visitors(stack.port, count=150) as visitors:
@@ -109,8 +110,6 @@ def test_most_workers_lose_no_request_within_limits(image, tmp_path):
         state = made.inspect()["State"]
         assert state["ExitCode"] == 0, f"web stopped with {state['ExitCode']}:\n{made.log()}"
         assert not state["OOMKilled"], "web reached its memory limit"
-    finally:
-        stack.down("--volumes")
 
 
 # The registry file, on a machine that has no other file
@@ -183,7 +182,7 @@ def test_redis_rejects_password_file_without_one_line(password, tmp_path):
             lambda: redis.inspect()["State"]["Status"] == "exited",
             broken="Redis starts with a password file that has not exactly one line",
         )
-        assert "redis_password must be a file with one line" in redis.log(), redis.log()
+        assert "must be a file with one line" in redis.log(), redis.log()
 
 
 @pytest.mark.parametrize("password", [f" hush {string.punctuation} é ", "hush\n"])
@@ -195,7 +194,8 @@ def test_redis_requires_password_except_for_health_check(password, tmp_path):
             refused = redis.run(*client, "get", "lab25_hits", check=False)
             answer = refused.stdout + refused.stderr
             assert re.search("NOAUTH|NOPERM", answer), f"Redis needs no password: {answer}"
-        authenticated = "redis-cli --askpass ping </run/secrets/redis_password"
+        secret = "/run/secrets/redis_password"
+        authenticated = f"redis-cli --askpass ping <{secret}"
         answer = redis.run("sh", "-c", authenticated).stdout
         assert "PONG" in answer, f"Redis rejects the password of the file: {answer}"
 

@@ -18,6 +18,7 @@ from harness.swarm import STACK_FILE, adapted, engines, kernel_lacks, wait_for_e
 
 pytestmark = pytest.mark.swarm
 
+STACK, SECRET = "lab25", "redis_password"
 OWNER = "some-owner"
 NETWORK = f"{RUN}-swarm"
 PASSWORD = f" hush {string.punctuation} é "
@@ -94,11 +95,11 @@ class Swarm:
     def deploy(self, tag):
         variables = [f"--env=IMAGE_TAG={tag}", f"--env=GHCR_OWNER={OWNER}"]
         deploy = ["docker", "stack", "deploy", "--with-registry-auth", "--detach=true"]
-        stack = ["--compose-file", "/docker-stack.yml", "lab25"]
+        stack = ["--compose-file", "/docker-stack.yml", STACK]
         docker("exec", *variables, self.manager.name, *deploy, *stack)
 
     def inspect(self, template):
-        return self.docker("service", "inspect", "--format", template, "lab25_web").strip()
+        return self.docker("service", "inspect", "--format", template, f"{STACK}_web").strip()
 
     def tag(self):
         """Return the tag that runs, or that will run after the update or rollback."""
@@ -111,7 +112,7 @@ class Swarm:
 
     def tasks(self, service):
         """Return a (node, container ID) for each healthy task. A stopped node has none."""
-        names = ["--filter", f"name=lab25_{service}", "--filter", "health=healthy"]
+        names = ["--filter", f"name={STACK}_{service}", "--filter", "health=healthy"]
         listing = ["docker", "ps", "--quiet", *names]
         return [
             (node, task)
@@ -167,8 +168,8 @@ def swarm(image, registry, tmp_path_factory):
         for node in nodes[1:]:
             node.run("docker", "swarm", "join", "--token", token, f"{made.manager.name}:2377")
         hostname = made.redis_node.inspect()["Config"]["Hostname"]
-        made.docker("node", "update", "--label-add", "lab25.redis=true", hostname)
-        made.docker("secret", "create", "redis_password", "/password")
+        made.docker("node", "update", "--label-add", f"{STACK}.redis=true", hostname)
+        made.docker("secret", "create", SECRET, "/password")
         login = ["login", "registry:5000", "--username", registry.user]
         made.docker(*login, "--password", registry.password)
         made.deploy("first")
@@ -180,7 +181,7 @@ def test_password_is_required_and_shown_nowhere(swarm):
     node, task = swarm.tasks("redis")[0]
     refused = node.run("docker", "exec", task, "redis-cli", "ping").stdout
     assert "NOAUTH" in refused, f"Redis answers without a password: {refused}"
-    shown = swarm.docker("service", "inspect", "lab25_web", "lab25_redis")
+    shown = swarm.docker("service", "inspect", f"{STACK}_web", f"{STACK}_redis")
     for holder, name in swarm.tasks("web") + swarm.tasks("redis"):
         processes = "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ"
         shown += holder.run("sh", "-c", processes, check=False).stdout

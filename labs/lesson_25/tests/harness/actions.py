@@ -61,8 +61,7 @@ DOCKER = r"""#!/bin/sh
 [ -e "$WORLD/login" ] || { echo 'ERROR: denied' >&2; exit 1; }
 echo "$* $COMPOSE_FILE $IMAGE_TAG" >>"$WORLD/calls"
 case "$*" in *inspect*)
-    tag=${4##*:}
-    answer=$(jq --raw-output ".[\"$tag\"] // \"$4: not found\"" "$WORLD/registry")
+    answer=$(cat "$WORLD/tag-${4##*:}" || echo "$4: not found")
     [ "$answer" = published ] || { echo "ERROR: $answer" >&2; exit 1; }
 esac
 """
@@ -113,10 +112,8 @@ class Run:
         }
         github.pop(world["github_lacks"], None)
         self.write(github={f"repos/Some-Capitals/orders{path}": github[path] for path in github})
-        self.write(registry=world["registry"], hit={"hit_count": world["hit"]}, calls="")
-        self.write(gh=GH, docker=DOCKER, curl=CURL)
-        for command in ("gh", "docker", "curl"):
-            (self.folder / command).chmod(0o755)
+        self.write(**{f"tag-{tag}": answer for tag, answer in world["registry"].items()})
+        self.write(hit={"hit_count": world["hit"]}, calls="", gh=GH, docker=DOCKER, curl=CURL)
         context = {
             "event_name": world["event"],
             "ref": world["ref"],
@@ -137,6 +134,7 @@ class Run:
         for name, content in contents.items():
             text = content if isinstance(content, str) else json.dumps(content)
             (self.folder / name).write_text(text, encoding="utf-8")
+            (self.folder / name).chmod(0o755)
 
     def learn(self, prefix, values):
         for name, text in render(values, self.known).items():
@@ -171,10 +169,8 @@ class Run:
     def succeeds(self, step, variables):
         """Run a script as GitHub's runner does, and learn its outputs."""
         self.write(outputs="")
-        shell = WORKFLOW.get("defaults", {}).get("run", {}).get("shell")
-        options = ["-eo", "pipefail"] if shell == "bash" else ["-e"]
         done = subprocess.run(
-            ["bash", "--norc", *options, "-c", step["run"]],
+            ["bash", "--norc", "-eo", "pipefail", "-c", step["run"]],
             env=self.variables | variables,
             cwd=self.folder,
             capture_output=True,
@@ -182,8 +178,8 @@ class Run:
             timeout=60,
         )
         self.output += done.stdout + done.stderr
-        lines = (self.folder / "outputs").read_text().splitlines()
-        self.learn(f"steps.{step.get('id')}.outputs", dict(line.split("=", 1) for line in lines))
+        outputs = re.findall(r"(\w+)=(.*)", (self.folder / "outputs").read_text())
+        self.learn(f"steps.{step.get('id')}.outputs", dict(outputs))
         return done.returncode == 0
 
     def build(self, inputs):
@@ -198,16 +194,14 @@ class Run:
     def list_tags(self, inputs):
         """Return what docker/metadata-action lists."""
         name = self.world["ref"].split("/", 2)[2]
+        branch_tag = re.sub(r"[^\w.-]+", "-", name)
         release = re.fullmatch(r"v(\d+[.]\d+)[.]\d+", name)
         tags = ["latest"] if release and inputs["flavor"] != "latest=false" else []
         for line in inputs["tags"].splitlines():
             rule = dict(part.split("=") for part in line.split(","))
-            if rule["enable"] == "true" and rule["type"] == "raw":
-                tags.append(rule["value"])
-            if rule["enable"] == "true" and rule["type"] == "ref":
-                tags.append(re.sub(r"[^\w.-]+", "-", name))
-            if rule["enable"] == "true" and rule["type"] == "semver" and release:
-                tags.append(release[1])
+            kinds = {"raw": rule.get("value"), "ref": branch_tag, "semver": release and release[1]}
+            if rule["enable"] == "true":
+                tags.append(kinds[rule["type"]])
         return tags
 
     @property

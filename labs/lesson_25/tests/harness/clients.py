@@ -33,20 +33,19 @@ def ask(connection, path="/"):
 
 def hit(client):
     """Return (hit_count, redis_error) of one GET / by a Flask test client."""
-    response = client.get("/")
-    assert response.status_code == 200, (
-        f"GET / must never fail, got {response.status_code}: {response.text}"
-    )
-    return response.json["hit_count"], response.json["redis_error"]
+    fields = _fields(client, "/")
+    return fields["hit_count"], fields["redis_error"]
 
 
 def redis_ok(client):
     """Return `redis_ok` of one GET /health by a Flask test client."""
-    response = client.get("/health")
-    assert response.status_code == 200, (
-        f"/health must never fail, got {response.status_code}: {response.text}"
-    )
-    return response.json["redis_ok"]
+    return _fields(client, "/health")["redis_ok"]
+
+
+def _fields(client, path):
+    response = client.get(path)
+    assert response.status_code == 200, f"GET {path} must always be a 200, got {response.text}"
+    return response.json
 
 
 def probe(port, times, every):

@@ -236,15 +236,6 @@ def redis_in(network, *options):
         yield made
 
 
-def kill(container_name):
-    """Send SIGKILL to all processes of a container, as in a crash.
-
-    After `docker kill` the engine would not restart the container.
-    """
-    pid = inspect(container_name)["State"]["Pid"]
-    docker("run", "--rm", "--pid", "host", "--privileged", REDIS, "sh", "-c", f"kill -9 {pid}")
-
-
 # Stacks
 
 
@@ -272,7 +263,8 @@ class Stack:
             "    container_name: !reset null\n"
         )
         self.files = [*files, override]
-        self.environment = {**os.environ, "LAB25_PORT": str(self.port), **(environment or {})}
+        published = {"LAB25_PORT": str(self.port)}
+        self.environment = {**os.environ, **published, **(environment or {})}
 
     def compose(self, *arguments, **options):
         files = [word for file in self.files for word in ("--file", file)]
@@ -318,9 +310,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def local_stack(folder, image, file=LOCAL_FILE):
+def local_stack(folder, image, web=""):
     """Yield the Stack of the local Compose file with `image`, and remove it at the end."""
-    made = Stack(folder, file, web=f"    image: {image}\n")
+    made = Stack(folder, LOCAL_FILE, web=f"    image: {image}\n{web}")
     try:
         yield made
     finally:

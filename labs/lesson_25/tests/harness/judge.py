@@ -1,7 +1,8 @@
 """The judge: `pytest --step=3` checks the reader's mine/Dockerfile against step 3 of the lesson.
 
-The requirements of a step are the tests of the project's own image that have the mark `step` with
-its number. The judge prints the docstring of each, and the reason of each that fails.
+The requirements of a step are the tests in test_image.py that have the mark `step` with its number.
+The judge prints the docstring of each, and of each that fails the message, which explains the
+reader's mistake.
 """
 
 import pytest
@@ -22,10 +23,7 @@ def pytest_configure(config):
         return
     folder = config.rootpath / config.getoption("mine")
     if not (folder / "Dockerfile").is_file():
-        problem = (
-            f"Cannot find {config.getoption('mine')}/Dockerfile: Part 2 starts by creating it."
-        )
-        raise pytest.UsageError(problem)
+        raise pytest.UsageError(f"Cannot find {folder}/Dockerfile: Part 2 starts by creating it.")
     config.option.app_folder = folder
     config.option.markexpr = ""  # pytest.ini deselects the tests that need an engine
     config.args[:] = [str(PROJECT / "tests" / "test_image.py")]

@@ -1,11 +1,9 @@
-"""Stand-ins for Redis on a port of their own: scripted replies, TLS, or a working counter."""
+"""Stand-ins for Redis, with replies that a test chooses."""
 
 import contextlib
 import socketserver
 import ssl
 import subprocess
-
-import fakeredis
 
 from harness.clients import serving
 from harness.limits import PATIENCE_SECONDS
@@ -58,12 +56,3 @@ def self_signed(folder):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     return certificate, context
-
-
-class FakeRedisServer(fakeredis.TcpFakeServer):
-    """A Redis that works."""
-
-    request_queue_size = 64  # with fakeredis' own 5, simultaneous connections would be dropped
-
-    def __init__(self, port=0):
-        super().__init__(("127.0.0.1", port), server_type="redis")
