@@ -219,8 +219,8 @@ def create_redis_client():
     }
     url = setting("REDIS_URL", "")
     if not url.startswith("rediss://"):
-        # Saves another step: CLIENT SETINFO. With TLS, redis-py needs it: with the reply it reads the
-        # session tickets of the server, which would otherwise make it drop the connection.
+        # Saves another step: CLIENT SETINFO. With TLS, redis-py needs its reply: it reads the session
+        # tickets of the server before it, and would otherwise drop the connection over them.
         options["driver_info"] = None
     if url:
         client = client_for_url(url, options)
