@@ -20,7 +20,6 @@ except ImportError:  # an error only if a Redis is configured, see get_redis_cli
     redis = None
 
 app = Flask(__name__, static_folder=None)
-app.url_map.merge_slashes = False  # the path // is a 404, not a redirect
 # serve.py imports this file once and then forks its workers. All have this time, so they report the
 # same uptime. Each has its own breaker, and its own copy of the client, which connects later.
 start_time = time.monotonic()
@@ -219,8 +218,8 @@ def create_redis_client():
     }
     url = setting("REDIS_URL", "")
     if not url.startswith("rediss://"):
-        # Saves another step: CLIENT SETINFO. With TLS, redis-py needs its reply: it reads the session
-        # tickets of the server before it, and would otherwise drop the connection over them.
+        # Saves another step: CLIENT SETINFO. With TLS, redis-py needs its reply, before which it reads
+        # the session tickets of the server. Otherwise it would drop the connection over them.
         options["driver_info"] = None
     if url:
         client = client_for_url(url, options)
