@@ -28,18 +28,19 @@ GITHUB = "repos/Some-Capitals/orders"  # the repository in GitHub's API
 
 
 def find(job, text):
-    """Return the only step of a job that contains the text."""
-    (step,) = [step for step in JOBS[job]["steps"] if text in str(step)]
-    return step
+    """Return the only step of a job that contains the text, with GitHub's default of `if`."""
+    steps = [step for step in JOBS[job]["steps"] if text in str(step)]
+    assert len(steps) == 1, f"{job} must have one step with {text!r}, got {len(steps)}"
+    return {"if": True, **steps[0]}
 
 
 def evaluate(expression, known):
     """Return the value of a workflow's expression, which is Python apart from its operators."""
-    python = expression.strip("${ }").replace("&&", "and").replace("||", "or")
+    python = str(expression).strip("${ }").replace("&&", "and").replace("||", "or")
     for name, value in known.items():
         python = python.replace(name, repr(value))
-    functions = {"contains": lambda items, item: item in items, "fromJSON": json.loads}
-    return eval(python, functions)
+    names = {"contains": lambda items, item: item in items, "fromJSON": json.loads, "true": True}
+    return eval(python, names)
 
 
 @pytest.fixture
@@ -74,6 +75,7 @@ def run(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
         )
+        print(done.stdout)
         done.outputs = dict(re.findall(r"(\w+)=(.*)", file.read_text()))
         return done
 
@@ -139,8 +141,7 @@ def list_tags(ref, outputs):
     ids=["newest", "weekly", "older-again", "older-that-had-failed"],
 )
 def test_main_moves_its_tags_only_at_newest_commit(decide, head, registry, tags):
-    done = decide(head=head, docker=registry)
-    assert done.tags == tags, done.stdout
+    assert decide(head=head, docker=registry).tags == tags
 
 
 @pytest.mark.parametrize(
@@ -149,8 +150,7 @@ def test_main_moves_its_tags_only_at_newest_commit(decide, head, registry, tags)
     + [(name, set()) for name in ("#12-fix", "topic/1", "x" * 129, "dev", "1.2", "run-7", SHA_TAG)],
 )
 def test_branch_moves_its_tag_if_valid_and_free(decide, branch, own):
-    done = decide(f"refs/heads/{branch}")
-    assert done.tags == {SHA_TAG, *own}, done.stdout
+    assert decide(f"refs/heads/{branch}").tags == {SHA_TAG, *own}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_branch_moves_its_tag_if_valid_and_free(decide, branch, own):
 )
 def test_release_moves_its_line_only_as_highest(decide, release, others, registry, tags):
     done = decide(f"refs/tags/{release}", releases=[release, *others], docker=registry)
-    assert done.tags == tags, done.stdout
+    assert done.tags == tags
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_only_public_image_is_signed_and_verified(run, decide, private):
     sign, verify = find("publish", "actions/attest"), find("publish", "gh attestation verify")
     known = {"steps.tags.outputs.private": decide(private=private).outputs["private"]}
     assert evaluate(sign["if"], known) == evaluate(verify["if"], known) == (not private)
-    assert evaluate(sign["with"]["subject-digest"], {"env.DIGEST": DIGEST}) == DIGEST
+    assert sign["with"]["subject-digest"] == "${{ env.DIGEST }}"
     assert f" oci://{IMAGE}@{DIGEST} " in run(verify, gh='echo "$@"').stdout
 
 
@@ -233,8 +233,8 @@ def test_only_events_that_publish_log_in_and_push(event, publishes):
     assert evaluate(find("build", "docker/login-action")["if"], known) == publishes
     pushed = evaluate(find("build", "docker/build-push-action")["with"]["push"], known)
     assert pushed == str(publishes).lower()
-    digest = evaluate(JOBS["build"]["outputs"]["digest"], known)
-    assert evaluate(JOBS["try"]["if"], {"needs.build.outputs.digest": digest}) == publishes
+    known["needs.build.outputs.digest"] = evaluate(JOBS["build"]["outputs"]["digest"], known)
+    assert evaluate(JOBS["try"].get("if", True), known) == publishes
 
 
 def try_image(run, hits=1, **fault):
@@ -248,7 +248,7 @@ def try_image(run, hits=1, **fault):
 
 def test_good_image_passes_try_and_is_removed(run):
     done = try_image(run)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0
     assert done.stdout.endswith("compose down --volumes\n")
 
 
@@ -259,17 +259,18 @@ def test_good_image_passes_try_and_is_removed(run):
 )
 def test_faulty_image_gets_no_tag(run, fault):
     done = try_image(run, **fault)
-    assert done.returncode != 0, done.stdout
+    assert done.returncode != 0
     assert "compose logs" in done.stdout, "the containers' log is not shown"
     assert "try" in JOBS["publish"]["needs"]
 
 
 def test_try_deploys_pushed_digest_with_registry_file():
     run_tag = "run-${{ github.run_id }}"
-    assert find("build", "docker/build-push-action")["with"]["tags"].endswith(f"}}}}:{run_tag}")
+    pushed = find("build", "docker/build-push-action")["with"]["tags"]
+    assert pushed.rpartition(":")[2] == run_tag
     deployed = find("try", "compose up")["env"]
     assert deployed["IMAGE_TAG"] == f"{run_tag}@${{{{ needs.build.outputs.digest }}}}"
-    assert deployed["COMPOSE_FILE"].endswith("/docker-compose.registry.yml")
+    assert deployed["COMPOSE_FILE"].rpartition("/")[2] == "docker-compose.registry.yml"
 
 
 @pytest.mark.parametrize(
@@ -278,8 +279,8 @@ def test_try_deploys_pushed_digest_with_registry_file():
 )
 def test_every_platform_is_tried_on_its_own_runner(run, variable, runners):
     platforms = evaluate(WORKFLOW["env"]["PLATFORMS"], {"vars.PLATFORMS": variable})
-    plan = run(find("build", "GITHUB_REF_TYPE"), variables={"PLATFORMS": platforms}).outputs
-    tried = json.loads(plan["platforms"])
+    plan = run(find("build", "GITHUB_REF_TYPE"), variables={"PLATFORMS": platforms})
+    tried = json.loads(plan.outputs["platforms"])
     runs_on = JOBS["try"]["runs-on"]
     assert [evaluate(runs_on, {"matrix.platform": name}) for name in tried] == runners
 
@@ -325,5 +326,5 @@ def test_published_image_describes_itself():
 
 def test_no_job_hangs_or_ignores_failure():
     for name, job in JOBS.items():
-        assert job["timeout-minutes"] <= 30, name
-    assert not re.search(r"continue-on-error|always\(\)|failure\(\)|cancelled\(\)", str(JOBS))
+        assert job.get("timeout-minutes", 360) <= 30, name
+    assert not re.findall(r"continue-on-error|always\(\)|failure\(\)|cancelled\(\)", str(JOBS))
