@@ -17,7 +17,7 @@ LOCAL, REGISTRY, PASSWORD, STACK = (
 WORKFLOW = ".github/workflows/docker-image-lab25.yml"
 WEEKLY = ".github/workflows/weekly-lab25.yml"
 DEPENDABOT = ".github/dependabot.yml"
-LISTS = sorted([*REPOSITORY.glob(".ci/requirements.in"), *PROJECT.glob("*/requirements.in")])
+LISTS = sorted({REPOSITORY / ".ci/requirements.in", *PROJECT.glob("*/requirements.in")})
 ABSENT = "absent"
 
 SYNCED = ["redis-server", "--save", "", "--appendonly", "yes", "--appendfsync", "always"]

@@ -232,7 +232,7 @@ def test_only_events_that_publish_log_in_and_push(event, publishes):
     known = {"env.PUBLISH": str(publish).lower(), "steps.build.outputs.digest": DIGEST}
     assert evaluate(find("build", "docker/login-action")["if"], known) == publishes
     pushed = evaluate(find("build", "docker/build-push-action")["with"]["push"], known)
-    assert pushed == str(publishes).lower()
+    assert str(pushed).lower() == str(publishes).lower()
     known["needs.build.outputs.digest"] = evaluate(JOBS["build"]["outputs"]["digest"], known)
     assert evaluate(JOBS["try"].get("if", True), known) == publishes
 
