@@ -73,8 +73,8 @@ def error_as_json(error):
 
     If a route raises another exception, Flask logs the traceback and calls this with a 500.
     """
-    headers = dict(error.get_headers())  # a 405 has Allow
-    headers.pop("Content-Type", None)  # text/html, but this answer is JSON
+    headers = dict(error.get_headers())  # for example Allow, if the status is 405
+    headers.pop("Content-Type", None)  # it is text/html, and Flask sets another one for JSON
     return {"error": error.description}, error.code, headers
 
 
@@ -97,7 +97,7 @@ def call_redis(operation, *arguments):
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # the settings are bad, and were not checked at startup
+    except ValueError as error:  # a bad setting, under a server that does not check it at startup
         return None, describe(error)
     if client is None:
         return None, None
@@ -143,7 +143,7 @@ class CircuitBreaker:
             self._open(reason)
             close_idle_connections(client)
             return None, reason
-        finally:  # after a success, a failure, or a bug in the operation
+        finally:  # after the outcome is set, or after a bug in the operation
             if is_trial:
                 with self._lock:
                     self._trial_is_running = False
@@ -180,11 +180,11 @@ def close_idle_connections(client):
 # The limit of each step of an operation. At worst, an operation takes all of these:
 #     1.0 s  to look up the name of Redis (limit_name_lookup sets this limit)
 #     0.5 s  to connect
-#     1.0 s  for TLS and CLIENT SETINFO (see client_for_url)
+#     1.0 s  for TLS and CLIENT SETINFO
 #     0.5 s  to log in with a password
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
-#     4.0 s  in all, with one name server and one address of Redis; others are tried in turn
+#     4.0 s  in all, or more if several name servers or addresses of Redis are tried
 # If Redis is frozen, an operation takes 0.5 s: the system still connects, but no reply comes.
 STEP_SECONDS = 0.5
 
@@ -215,10 +215,14 @@ def create_redis_client():
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         "protocol": 2,  # saves a step of each new connection: HELLO
-        "driver_info": None,  # saves another step: CLIENT SETINFO
     }
-    if setting("REDIS_URL"):
-        client = client_for_url(setting("REDIS_URL"), options)
+    url = setting("REDIS_URL", "")
+    if not url.startswith("rediss://"):
+        # Saves another step, CLIENT SETINFO. With TLS, redis-py needs the reply to it: it reads the
+        # session tickets of the server first, and would otherwise drop the connection over them.
+        options["driver_info"] = None
+    if url:
+        client = client_for_url(url, options)
         # The URL may have a password of its own.
         _redis_password = client.get_connection_kwargs().get("password")
     else:
@@ -229,10 +233,6 @@ def create_redis_client():
 
 def client_for_url(url, options):
     """Return a client for this URL. Options in the URL override ours. Raise ValueError."""
-    if url.startswith("rediss://"):
-        # A server with TLS sends session tickets first. redis-py takes them for an unexpected reply
-        # and drops the connection, unless it reads them with a first reply: to CLIENT SETINFO.
-        del options["driver_info"]
     try:
         client = redis.Redis.from_url(url, **options)
         # redis-py checks some options only when it creates a connection. This one is never opened.
@@ -265,7 +265,7 @@ def is_ipv6_address(text):
 
 def limit_name_lookup():
     """Wait for each name server 1 s at most. Call this before the first look-up."""
-    # glibc reads this variable. Its default is two attempts of 5 s each. The options of the user
+    # glibc reads RES_OPTIONS. Its default is two attempts of 5 s each. Options that are set already
     # come last, and override ours.
     user_options = setting("RES_OPTIONS", "")
     os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
@@ -273,7 +273,7 @@ def limit_name_lookup():
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server that does not know AUTH quotes its arguments, maybe only the start of the password.
+    # A server that does not know AUTH quotes its arguments: the password, or only the start of it.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")

@@ -2,7 +2,7 @@
 
 granian starts worker processes, which answer the requests, and replaces a worker that dies. On
 SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. A worker
-that still runs after 5 s is killed. It may have missed the signal, if it was just starting.
+that still runs after 5 s is killed. Rarely this is one that missed the signal while it started.
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ from granian.http import HTTP1Settings
 
 from app import get_redis_client, limit_name_lookup, setting, whole_number
 
-# Under load, 16 workers took 240 MB of memory and 230 threads. Our Compose files allow 512 of each.
+# Under load, 16 workers took 240 MB of memory and 230 threads. The stacks allow 512 MB and 512.
 MAX_WORKERS = 16
 
 
@@ -34,8 +34,8 @@ def main():
     served = f"{host} port {port}, workers: {workers}"
     print(f"lab25-web {version} on {served}", flush=True)
 
-    # Forked workers share the memory of app.py, which this process has imported. On macOS, and from
-    # Python 3.14 on, the default is to start them without a fork.
+    # Forked workers share the memory of app.py, and its start_time. On macOS, and from Python 3.14
+    # on, the default is to start them without a fork.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",

@@ -16,8 +16,6 @@ pytestmark = pytest.mark.engine
 step = pytest.mark.step  # lesson only: see harness/judge.py
 
 MEGABYTE = 1_000_000
-# For tests that do not check on which address the image listens.
-REACHABLE = "--env=HOST=0.0.0.0"
 
 
 def run_python(image, program, *options):
@@ -248,7 +246,7 @@ def test_new_version_adds_no_layer(image, built_before, app_folder):
 @pytest.fixture(scope="module")
 def changed_web(changed):
     """A container of the changed image, which may fail to start."""
-    with container(changed, REACHABLE, wait=False) as web:
+    with container(changed, wait=False) as web:
         docker("start", web.name)
         yield web
 
@@ -328,11 +326,9 @@ def test_build_installs_from_given_index(app_folder):
 
 @pytest.fixture(scope="module")
 def web(image):
-    """A container with all restrictions, in which Python logs its imports. Tests share it."""
+    """A container with all restrictions, which the tests leave as it is."""
     options = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
-    # No Redis listens there, but the app imports all that it needs to connect.
-    settings = [REACHABLE, "--env=REDIS_HOST=127.0.0.1", "--env=PYTHONVERBOSE=1"]
-    with container(image, *options, *settings, "--user", "1234567:0") as started:
+    with container(image, *options, "--user", "1234567:0") as started:
         yield started
 
 
@@ -361,7 +357,7 @@ def test_shows_environment(web):
 @step(5)
 def test_exits_with_status_0_when_stopped(image):
     """`docker stop` ends a container with status 0, since its program handles SIGTERM."""
-    with container(image, REACHABLE) as stopped:
+    with container(image) as stopped:
         docker("stop", stopped.name)  # kills after ten seconds; serve.py kills a worker after five
         status = stopped.inspect()["State"]["ExitCode"]
         assert status != 137, "it did not handle the SIGTERM of docker stop, and was killed"
@@ -450,12 +446,11 @@ def test_health_check_is_frequent_and_limited(image):
 @step(5)
 def test_health_check_uses_host_and_port(image, web):
     """The health check uses HOST and PORT, or 127.0.0.1 and 8080 if they are empty."""
-    quiet = "PYTHONVERBOSE="
     for setting in ("HOST=127.0.0.2", "HOST=", "PORT="):
-        status, output = run_health_check(image, web, setting, quiet)
+        status, output = run_health_check(image, web, setting)
         assert status == 0, f"with {setting} it fails although the app answers: {output[-200:]}"
     for setting in ("HOST=no-such-host", "PORT=9"):
-        status, _ = run_health_check(image, web, setting, quiet)
+        status, _ = run_health_check(image, web, setting)
         assert status, f"with {setting} it succeeds although nothing listens there"
 
 
@@ -468,10 +463,13 @@ def test_health_check_needs_status_200_of_health(image, web):
 
 
 @step(6)
-def test_compiles_no_module_again(image, web):
+def test_compiles_no_module_again(image):
     """The image has the bytecode of each module that the service or the health check imports."""
-    web.get()
-    _, output = run_health_check(image, web)
-    compiled = set(re.findall(r"# code object from (/.*\.py)$", web.log() + output, re.M))
+    # No Redis listens there, but the app imports all that it needs to connect.
+    settings = ["--env=REDIS_HOST=127.0.0.1", "--env=PYTHONVERBOSE=1"]
+    with container(image, *settings) as verbose:
+        verbose.get()
+        _, output = run_health_check(image, verbose)
+        compiled = set(re.findall(r"# code object from (/.*\.py)$", verbose.log() + output, re.M))
     found = sorted(path for path in compiled if not path.startswith("/app/"))
     assert not found, f"each start or check compiles {len(found)} modules again, such as {found[0]}"

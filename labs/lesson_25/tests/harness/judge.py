@@ -5,6 +5,8 @@ The judge prints the docstring of each, and of each that fails the message, whic
 reader's mistake.
 """
 
+import re
+
 import pytest
 
 from harness import PROJECT
@@ -41,7 +43,6 @@ class Judge:
         self.step = step
         self.required = 0
         self.met = 0
-        self.problem = None  # why nothing could be checked
 
     def print(self, line):
         self.config.pluginmanager.get_plugin("terminalreporter").write_line(line)
@@ -62,13 +63,12 @@ class Judge:
         requirement = item.function.__doc__.splitlines()[0].rstrip(".")
         if hasattr(item, "callspec"):
             requirement = requirement.format(**item.callspec.params)
-        if report.failed and call.when == "setup" and item is item.session.items[0]:
-            self.problem = "\n    ".join(reason(call.excinfo))
-            item.session.shouldstop = "nothing can be checked"
-        elif report.failed:
+        if report.failed:
             self.print(f"[ ] {requirement}")
             for line in reason(call.excinfo):
                 self.print(f"    {line}")
+            if item is item.session.items[0]:
+                item.session.shouldstop = "the other requirements need a container that starts"
         elif call.when == "call":
             self.met += 1
             self.print(f"[x] {requirement}")
@@ -76,12 +76,10 @@ class Judge:
 
     def pytest_terminal_summary(self):
         which = "of all steps" if self.step == "all" else f"of step {self.step}"
-        if self.problem or not self.required:
-            self.print(f"Nothing was checked: {self.problem or 'there are no requirements.'}")
-        elif self.met < self.required:
-            self.print(f"{self.met} of {self.required} requirements {which} are met.")
-        else:
+        if 0 < self.required == self.met:
             self.print(f"All {self.met} requirements {which} are met: your answer is correct.")
+        else:
+            self.print(f"{self.met} of {self.required} requirements {which} are met.")
 
 
 def steps_of(item):
@@ -95,8 +93,9 @@ def reason(excinfo):
     lines = [line for line in str(excinfo.value).splitlines() if line.strip()]
     if lines and lines[0].startswith("docker "):
         command = " ".join(lines[0].split()[:2])
-        errors = [line for line in lines[1:] if not line.startswith("#")]  # these are progress
-        return [f"`{command}` failed:", *errors[-15:]]
+        # "#5 DONE 0.1s" is progress, "#5 0.1 cannot remove…" is output.
+        output = [line for line in lines[1:] if not re.match(r"#\d+ \D", line)]
+        return [f"`{command}` failed:", *output[-15:]]
     # After the message pytest prints the values in the assertion.
     ends = [number for number, line in enumerate(lines) if line.startswith("assert ")]
     return lines[: min([*ends, 6])] or [excinfo.typename]
