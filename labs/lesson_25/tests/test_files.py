@@ -54,6 +54,7 @@ PROMISES = [
     (STACK, SECRET, True, "no file has the password"),
     (STACK, "networks.backend.driver_opts.encrypted", "true", "traffic of nodes is encrypted"),
     (WORKFLOW, "on.push.branches", ["main"], "each push to main is tested"),
+    (WORKFLOW, "on.push.tags", ["v[0-9]+.[0-9]+.[0-9]+"], "each release starts a run"),
     (WORKFLOW, "on.push.paths", ABSENT, "no path filter skips a required check"),
     (WORKFLOW, "on.pull_request", None, "each pull request is tested"),
     (WORKFLOW, "on.merge_group", None, "a required check reports to the merge queue"),

@@ -24,6 +24,7 @@ IMAGE = "ghcr.io/some-capitals/lab25-web"
 DIGEST = f"sha256:{'a' * 64}"
 COMMIT, NEWER_COMMIT = "0a1b2c3" + "0" * 33, "4d5e6f7" + "0" * 33
 SHA_TAG = "sha-0a1b2c3"
+MAIN = "refs/heads/main"
 GITHUB = "repos/Some-Capitals/orders"  # the repository in GitHub's API
 
 
@@ -49,7 +50,7 @@ def run(tmp_path):
     if sys.platform != "linux" or not shutil.which("jq"):
         pytest.skip("the scripts need what GitHub's runners have: Linux and jq")
 
-    def run_script(step, ref="refs/heads/main", variables=None, **programs):
+    def run_script(step, ref=MAIN, variables=None, **programs):
         for name, commands in programs.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{commands}\n")
             (tmp_path / name).chmod(0o755)
@@ -93,7 +94,7 @@ GH = r"""jq -nr --arg path "$2" "(env.ANSWERS | fromjson)[\$path] // error(\"HTT
 def decide(run):
     """A function that runs the script that decides about tags, and adds which tags result."""
 
-    def run_decision(ref="refs/heads/main", head=COMMIT, releases=(), private=False, **programs):
+    def run_decision(ref=MAIN, head=COMMIT, releases=(), private=False, **programs):
         name = ref.split("/", 2)[2]
         answers = {
             GITHUB: {"default_branch": "main", "private": private},
@@ -172,9 +173,9 @@ def test_release_moves_its_line_only_as_highest(decide, release, others, registr
 @pytest.mark.parametrize(
     ("ref", "unanswered"),
     [
-        ("refs/heads/main", f"{GITHUB}/branches/main"),
+        (MAIN, f"{GITHUB}/branches/main"),
         ("refs/tags/v1.2.3", f"{GITHUB}/git/matching-refs/tags/v1.2."),
-        ("refs/heads/main", GITHUB),
+        (MAIN, GITHUB),
     ],
 )
 def test_no_tag_moves_if_github_fails(decide, ref, unanswered):
@@ -214,9 +215,7 @@ def test_tag_without_release_number_is_not_built(run, tag):
     assert re.search(rf"::error::.* v1\.2\.3, .*got {tag}\.", rejected.stdout)
 
 
-@pytest.mark.parametrize(
-    ("ref", "version"), [("refs/heads/main", COMMIT), ("refs/tags/v1.20.3", "1.20.3")]
-)
+@pytest.mark.parametrize(("ref", "version"), [(MAIN, COMMIT), ("refs/tags/v1.2.3", "1.2.3")])
 def test_image_has_owner_in_lower_case_and_version(run, ref, version):
     plan = run(find("build", "GITHUB_REF_TYPE"), ref).outputs
     assert (plan["image"], plan["version"]) == (IMAGE, version)
@@ -265,6 +264,7 @@ def test_faulty_image_gets_no_tag(run, fault):
 
 
 def test_try_deploys_pushed_digest_with_registry_file():
+    assert find("try", "docker/login-action"), "no private image can be pulled"
     run_tag = "run-${{ github.run_id }}"
     pushed = find("build", "docker/build-push-action")["with"]["tags"]
     assert pushed.rpartition(":")[2] == run_tag
