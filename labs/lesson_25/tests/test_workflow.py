@@ -17,7 +17,8 @@ import yaml
 
 from harness import PROJECT, REPOSITORY
 
-WORKFLOW = yaml.safe_load((REPOSITORY / ".github/workflows/docker-image-lab25.yml").read_text())
+FILE = REPOSITORY / ".github/workflows/docker-image-lab25.yml"
+WORKFLOW = yaml.safe_load(FILE.read_text())
 JOBS = WORKFLOW["jobs"]
 
 IMAGE = "ghcr.io/some-capitals/lab25-web"
@@ -25,7 +26,6 @@ DIGEST = f"sha256:{'a' * 64}"
 COMMIT, NEWER_COMMIT = "0a1b2c3" + "0" * 33, "4d5e6f7" + "0" * 33
 SHA_TAG = "sha-0a1b2c3"
 MAIN = "refs/heads/main"
-GITHUB = "repos/Some-Capitals/orders"  # the repository in GitHub's API
 
 
 def find(job, text):
@@ -96,10 +96,11 @@ def decide(run):
 
     def run_decision(ref=MAIN, head=COMMIT, releases=(), private=False, **programs):
         name = ref.split("/", 2)[2]
+        api = "repos/Some-Capitals/orders"
         answers = {
-            GITHUB: {"default_branch": "main", "private": private},
-            f"{GITHUB}/branches/{quote(name, safe='')}": {"commit": {"sha": head}},
-            f"{GITHUB}/git/matching-refs/tags/{name.rpartition('.')[0]}.": [
+            api: {"default_branch": "main", "private": private},
+            f"{api}/branches/{quote(name, safe='')}": {"commit": {"sha": head}},
+            f"{api}/git/matching-refs/tags/{name.rpartition('.')[0]}.": [
                 {"ref": f"refs/tags/{release}"} for release in releases
             ],
         }
@@ -171,15 +172,11 @@ def test_release_moves_its_line_only_as_highest(decide, release, others, registr
 
 
 @pytest.mark.parametrize(
-    ("ref", "unanswered"),
-    [
-        (MAIN, f"{GITHUB}/branches/main"),
-        ("refs/tags/v1.2.3", f"{GITHUB}/git/matching-refs/tags/v1.2."),
-        (MAIN, GITHUB),
-    ],
+    ("ref", "path"),
+    [(MAIN, "*/branches/*"), ("refs/tags/v1.2.3", "*/tags/*"), (MAIN, "*/orders")],
 )
-def test_no_tag_moves_if_github_fails(decide, ref, unanswered):
-    assert decide(ref, gh=f'[ "$2" != {unanswered} ] || exit 1; {GH}').returncode != 0
+def test_no_tag_moves_if_github_fails(decide, ref, path):
+    assert decide(ref, gh=f"case $2 in {path}) exit 1 ;; esac; {GH}").returncode != 0
 
 
 @pytest.mark.parametrize("error", ["ERROR: 503", "ERROR: token: not found"])
