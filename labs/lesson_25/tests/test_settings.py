@@ -101,33 +101,18 @@ def test_password_file_without_one_line_is_refused(refusal, tmp_path, content):
     assert f"got {str(path)!r}" in line, line
 
 
-def test_missing_redis_package_is_refused(app, refusal, monkeypatch):
-    monkeypatch.setattr(app, "redis", None)
-    assert "the package redis is not installed" in refusal(REDIS_URL="redis://redis")
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_taken_port_is_refused(request, refusal, host):
-    family = socket.AF_INET
-    if host == "::1":
-        request.getfixturevalue("ipv6")
-        family = socket.AF_INET6
-    with socket.create_server((host, 0), family=family) as taken:
+def test_taken_port_is_refused(refusal):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = refusal(PORT=str(port), HOST=host)
-    assert f"a free port, got {host!r} and {port}" in line
+        line = refusal(PORT=str(port), HOST="localhost")
+    assert f"a free port, got 'localhost' and {port}" in line
 
 
-@pytest.mark.parametrize(
-    ("host", "address"), [("", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::", "::")]
-)
-def test_server_listens_where_host_is(request, server_options, monkeypatch, host, address):
-    if host == "::":
-        request.getfixturevalue("ipv6")
-    monkeypatch.setenv("HOST", host)
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_server_listens_on_ipv6(server_options, monkeypatch):
+    monkeypatch.setenv("HOST", "::")
     serve.main()
-    assert server_options["address"] == address
-    assert server_options["port"] == int(os.environ["PORT"])
+    assert server_options["address"] == "::"
 
 
 def test_development_server_is_local_by_default(server_options):
