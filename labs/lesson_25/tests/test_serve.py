@@ -116,7 +116,7 @@ def test_log_has_one_line_for_start(service):
 
 
 def test_access_log_cannot_be_forged(start):
-    service = start(ACCESS_LOG="1")
+    service = start(ACCESS_LOG="1", HOST="localhost")
     get(service.port, "/nope%0aforged?q=1")
     line = eventually(lambda: service.lines("forged"), broken="a request is logged")[0]
     assert "GET" in line and r"/nope\nforged" in line and "404" in line, line

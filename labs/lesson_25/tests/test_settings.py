@@ -3,6 +3,7 @@
 import os
 import runpy
 import socket
+import unittest.mock
 
 import flask
 import pytest
@@ -18,23 +19,15 @@ def run_app():
 
 
 @pytest.fixture(autouse=True)
-def server_options(app, monkeypatch):
-    """The options of the server, which is not started."""
-    options = {}
-
-    class Server:
-        def __init__(self, _, **given):
-            options.update(given)
-
-        def serve(self):
-            pass
-
-    monkeypatch.setattr(serve, "Granian", Server)
-    monkeypatch.setattr(flask.Flask, "run", lambda _, **given: options.update(given))
+def server(app, monkeypatch):
+    """Receives the options of the server, which is not started."""
+    server = unittest.mock.Mock()
+    monkeypatch.setattr(serve, "Granian", server)
+    monkeypatch.setattr(flask.Flask, "run", server)
     monkeypatch.setattr(serve.multiprocessing, "set_start_method", lambda _: None)
     monkeypatch.setenv("RES_OPTIONS", "")  # or what a start sets would stay
     monkeypatch.setenv("PORT", str(free_port()))
-    return options
+    return server
 
 
 @pytest.fixture
@@ -109,25 +102,26 @@ def test_taken_port_is_refused(refusal):
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
-def test_server_listens_on_ipv6(server_options, monkeypatch):
+def test_server_listens_on_ipv6(server, monkeypatch):
     monkeypatch.setenv("HOST", "::")
     serve.main()
-    assert server_options["address"] == "::"
+    assert server.call_args.kwargs["address"] == "::"
 
 
-def test_development_server_is_local_by_default(server_options):
+def test_development_server_is_local_by_default(server):
     run_app()
-    assert server_options == {"host": "127.0.0.1", "port": int(os.environ["PORT"])}
+    server.assert_called_once_with(host="127.0.0.1", port=int(os.environ["PORT"]))
 
 
-def test_server_limits_suit_proxies_and_docker(server_options):
+def test_server_limits_suit_proxies_and_docker(server):
     """Load balancers keep an idle connection for 60 s. Docker kills a container after 10 s."""
     serve.main()
-    kept_seconds = server_options["http1_settings"].header_read_timeout / 1000
+    options = server.call_args.kwargs
+    kept_seconds = options["http1_settings"].header_read_timeout / 1000
     assert 60 < kept_seconds <= 120, f"an idle connection is closed after {kept_seconds} s"
-    seconds = server_options["workers_kill_timeout"]
+    seconds = options["workers_kill_timeout"]
     assert seconds <= 5, f"an unfinished request delays the stop by {seconds} s"
-    connections = server_options["backpressure"]
+    connections = options["backpressure"]
     assert connections > limits.IDLE_CONNECTIONS, f"a worker accepts {connections} connections"
 
 
