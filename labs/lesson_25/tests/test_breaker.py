@@ -95,14 +95,12 @@ def test_eight_threads_run_one_trial(app, client, stub, clock, monkeypatch):
     monkeypatch.setattr(stub, "incr", wait_for_reply)
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
         hits = hits_at_once(app, pool, 8)
-        try:
-            others = "seven of eight requests return during the trial of the eighth"
-            eventually(lambda: sum(one.done() for one in hits) == 7, 5, broken=others)
-            clock.seconds += 10  # a trial may take longer than the wait for the next one
-            (ninth,) = hits_at_once(app, pool, 1)
-            eventually(ninth.done, 5, broken="a request returns during a trial that takes long")
-        finally:
-            reply.set()
+        others = "seven of eight requests return during the trial of the eighth"
+        eventually(lambda: sum(one.done() for one in hits) == 7, 10, broken=others)
+        clock.seconds += 10  # a trial may take longer than the wait for the next one
+        (ninth,) = hits_at_once(app, pool, 1)
+        eventually(ninth.done, 10, broken="a request returns during a trial that takes long")
+        reply.set()
     assert stub.calls == 2, f"{stub.calls - 1} trials ran at the same time, instead of 1"
     assert [one.result() for one in hits].count((1, None)) == 1
 
@@ -173,22 +171,20 @@ def test_outage_and_return_are_logged_once(client, stub, clock, caplog):
 
 def test_stuck_log_holds_up_no_other_request(app, client, stub, clock, monkeypatch):
     stuck, continues = threading.Event(), threading.Event()
+    continued = []
 
     def get_stuck_once(*_):
         if not stuck.is_set():
             stuck.set()
-            continues.wait(20)
+            continued.append(continues.wait(10))
 
     monkeypatch.setattr(app.app.logger, "warning", get_stuck_once)
     stub.error = FROZEN
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        (logging,) = hits_at_once(app, pool, 1)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        hits_at_once(app, pool, 1)
         assert stuck.wait(10)
         stub.error = None
         clock.seconds += 1
-        (other,) = hits_at_once(app, pool, 1)
-        try:
-            eventually(other.done, 5, broken="a request returns while the log is stuck")
-        finally:
-            continues.set()
-    assert (logging.result(), other.result()) == ((None, REASON), (1, None))
+        assert hit(client) == (1, None)
+        continues.set()
+    assert continued == [True], "a request waited while the log was stuck"

@@ -24,15 +24,13 @@ COMMAND = [sys.executable, CONTEXT / "serve.py"]
 FAILED = "Redis failed, hits are not counted: "
 BACK = "Redis is back, hits are counted again"
 
-needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
-
 
 def changed_by(statements):
     """Return a command that starts the service after these statements have changed it."""
     program = f"""
 import sys
 sys.path.insert(0, {str(CONTEXT)!r})
-import app, serve
+import app, granian.http, serve
 {statements}
 serve.main()
 """
@@ -56,12 +54,6 @@ class Service:
         pid = self.process.pid
         return list(map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
-    def exit_status(self):
-        """Return the status with which the process exits, or None if it still runs in 10 s."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        return self.process.returncode
-
 
 @contextlib.contextmanager
 def running(log, command=COMMAND, **settings):
@@ -81,9 +73,10 @@ def running(log, command=COMMAND, **settings):
         yield service
     finally:
         process.terminate()
-        if service.exit_status() is None:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -136,12 +129,10 @@ def test_waiting_hits_hold_up_no_other_request(start):
     with peer(reply) as redis_port, concurrent.futures.ThreadPoolExecutor(7) as pool:
         service = start(REDIS_URL=patient_url(redis_port))
         hits = [pool.submit(get, service.port, timeout=30) for _ in range(7)]
-        try:
-            reached = [waiting.acquire(timeout=5) for _ in hits]
-            assert all(reached), f"only {sum(reached)} of 7 hits wait at the same time"
-            assert get(service.port, "/nowhere").status == 404
-        finally:
-            hang_up.set()
+        reached = [waiting.acquire(timeout=10) for _ in hits]
+        assert all(reached), f"only {sum(reached)} of 7 hits wait at the same time"
+        assert get(service.port, "/nowhere").status == 404
+        hang_up.set()
         numbers = {one.result().json["hit_count"] for one in hits}
         assert numbers == {None}, f"hits without a reply must have no number, got {numbers}"
     assert len(service.lines(FAILED)) == 1, f"one outage must be logged once: {service.lines()}"
@@ -168,14 +159,12 @@ def test_each_worker_logs_outage_and_return_once(start):
     assert len(logged) == 4, f"an outage and its end must be two lines of each worker: {logged}"
 
 
-@needs_proc
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
 def test_killed_worker_is_replaced_and_uptime_continues(start):
     service = start(changed_by("app.start_time -= 100"))
     (killed,) = service.workers()
     os.kill(killed, signal.SIGKILL)
-    eventually(
-        lambda: service.workers() not in ([killed], []), broken="a killed worker is replaced"
-    )
+    eventually(lambda: service.workers() not in ([killed], []), broken="a new worker starts")
     health = eventually(lambda: get(service.port, "/health"), broken="the new worker serves")
     uptime = health.json["uptime_seconds"]
     assert uptime >= 100, f"a new worker must continue the uptime of the service, got {uptime} s"
@@ -194,9 +183,7 @@ BAD_REQUESTS = [
 ]
 
 
-@needs_proc
 def test_bad_requests_get_short_answers_and_no_log(service):
-    workers = service.workers()
     for request in BAD_REQUESTS:
         with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
             try:
@@ -208,17 +195,16 @@ def test_bad_requests_get_short_answers_and_no_log(service):
         assert status < b"500", f"{request[:40]} must not get a {status}: {answer}"
         assert len(answer) < 999, f"{request[:40]} gets a long answer: {answer}"
     assert get(service.port, "/health").status == 200
-    assert service.workers() == workers, "a bad request killed a worker"
-    assert len(service.lines()) == 1, f"a client can fill the log: {service.lines()}"
+    assert len(service.lines()) == 1, f"a bad request is logged: {service.lines()}"
 
 
 def test_idle_connection_is_kept_then_closed(start):
-    settings = "serve.HTTP1Settings = lambda **_: HTTP1Settings(header_read_timeout=500)"
-    service = start(changed_by(f"from granian.http import HTTP1Settings; {settings}"))
+    settings = "lambda **_: granian.http.HTTP1Settings(header_read_timeout=500)"
+    service = start(changed_by(f"serve.HTTP1Settings = {settings}"))
     kept = http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE_SECONDS)
     with contextlib.closing(kept):
         started = time.monotonic()
-        assert ask(kept).status == 200
+        assert eventually(lambda: ask(kept)).status == 200
         assert kept.sock, "a connection must be kept after its answer, and is closed"
         assert kept.sock.recv(1) == b"", "an idle connection must be closed"
         seconds = time.monotonic() - started
@@ -242,7 +228,7 @@ def test_sigterm_finishes_requests_and_stops_with_0(start):
         answer = pool.submit(get, service.port)
         assert requested.wait(10)
         service.process.terminate()
-        status = service.exit_status()
+        status = service.process.wait(PATIENCE_SECONDS)
         assert status == 0, f"after SIGTERM the exit status must be 0, got {status}"
         assert counted(answer.result()) == 7
     assert len(service.lines()) == 1, f"more than the start was logged: {service.lines()}"

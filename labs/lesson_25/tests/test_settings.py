@@ -125,21 +125,8 @@ def test_server_limits_suit_proxies_and_docker(server):
     assert connections > limits.IDLE_CONNECTIONS, f"a worker accepts {connections} connections"
 
 
-def test_name_lookup_is_limited_before_first_one(monkeypatch):
-    limits_at_lookup = []
-    create_server = socket.create_server
-
-    def look_up(*arguments, **options):
-        limits_at_lookup.append(os.environ["RES_OPTIONS"])
-        return create_server(*arguments, **options)
-
-    monkeypatch.setattr(socket, "create_server", look_up)
-    serve.main()
-    assert limits_at_lookup[0].strip() == "timeout:1 attempts:1"
-
-
 @pytest.mark.parametrize("start", [serve.main, run_app])
-def test_name_lookup_options_of_user_come_last(monkeypatch, start):
-    monkeypatch.setenv("RES_OPTIONS", "ndots:1 timeout:3")
-    start()
+def test_name_lookup_is_limited_before_all_else(refusal, start):
+    """glibc reads RES_OPTIONS at the first look-up. Options of the user override ours."""
+    refusal(start, PORT="0", RES_OPTIONS="ndots:1 timeout:3")
     assert os.environ["RES_OPTIONS"] == "timeout:1 attempts:1 ndots:1 timeout:3"
