@@ -180,7 +180,7 @@ def test_redis_ok_is_false_while_hits_fail(client, configure, patient):
     """A read-only Redis still answers a PING."""
     with peer(lambda request: b"+PONG\r\n" if b"PING" in request else b"-READONLY\r\n") as port:
         configure(REDIS_HOST="127.0.0.1", REDIS_PORT=str(port))
-        assert redis_ok(client) is False
+        assert redis_ok(client) is False, "redis_ok must be false while no hit counts"
 
 
 @pytest.mark.parametrize(
