@@ -199,8 +199,8 @@ def test_bad_requests_get_short_answers_and_no_log(service):
 
 
 def test_idle_connection_is_kept_then_closed(start):
-    settings = "lambda **_: granian.http.HTTP1Settings(header_read_timeout=500)"
-    service = start(changed_by(f"serve.HTTP1Settings = {settings}"))
+    settings = "granian.http.HTTP1Settings(**given | {'header_read_timeout': 500})"
+    service = start(changed_by(f"serve.HTTP1Settings = lambda **given: {settings}"))
     kept = http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE_SECONDS)
     with contextlib.closing(kept):
         started = time.monotonic()
