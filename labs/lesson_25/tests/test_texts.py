@@ -2,10 +2,12 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 
-from harness import REPOSITORY, texts
+from harness import PROJECT, REPOSITORY, texts
 
 pytestmark = pytest.mark.texts
 
@@ -73,6 +75,10 @@ def test_lesson_changes_lines_that_exist():
     for line, path in commands:
         count = texts.read(path).count(line)
         assert count == 1, f"lesson_25.md changes {line!r}, which is in {path} {count} times"
+
+
+def test_benchmark_starts_without_engine():
+    subprocess.run([sys.executable, PROJECT / "bench" / "bench.py", "--help"], check=True)
 
 
 def parameters(in_own_swarm):
