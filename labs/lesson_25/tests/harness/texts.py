@@ -98,10 +98,6 @@ def units(text):
     return found
 
 
-def blocks(text):
-    return [block for unit in units(text) for block in unit.blocks]
-
-
 def anchor(heading):
     """Return the name that GitHub gives a heading in links."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
