@@ -54,17 +54,11 @@ def test_lesson_changes_lines_that_exist():
         assert count == 1, f"lesson_25.md changes {line!r}, which is in {path} {count} times"
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        pytest.param(
-            unit,
-            id=unit.name,
-            marks=pytest.mark.swarm if unit.in_own_swarm else pytest.mark.engine,
-        )
-        for unit in UNITS
-        if unit.commands()
-    ],
-)
+def parameter(unit):
+    mark = pytest.mark.swarm if unit.in_own_swarm else pytest.mark.engine
+    return pytest.param(unit, id=unit.name, marks=mark)
+
+
+@pytest.mark.parametrize("unit", [parameter(unit) for unit in UNITS if unit.commands()])
 def test_commands_print_what_text_shows(unit, followed):
     followed[unit.name].result()
