@@ -108,7 +108,9 @@ def remove_images(naming=RUN):
     # A listing without patterns fails if another run removes an image at the same time.
     filters = [f"--filter=reference={pattern}" for pattern in patterns]
     name = '{{.Repository}}{{if eq .Tag "<none>"}}@{{.Digest}}{{else}}:{{.Tag}}{{end}}'
-    if names := docker("image", "ls", "--digests", "--format", name, *filters).stdout.split():
+    listing = ["image", "ls", "--digests", "--format", name, *filters]
+    # A name with a digest may be listed only after all tags of its image are removed.
+    while names := docker(*listing).stdout.split():
         docker("image", "rm", "--force", *names)
 
 
