@@ -218,8 +218,8 @@ def create_redis_client():
     }
     url = setting("REDIS_URL", "")
     if not url.startswith("rediss://"):
-        # Saves another step: CLIENT SETINFO. With TLS, redis-py needs its reply, before which it reads
-        # the session tickets of the server. Otherwise it would drop the connection over them.
+        # Saves another step, CLIENT SETINFO. With TLS, redis-py needs the reply to it: it reads the
+        # session tickets of the server first, and would otherwise drop the connection over them.
         options["driver_info"] = None
     if url:
         client = client_for_url(url, options)

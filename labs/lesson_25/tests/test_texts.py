@@ -1,10 +1,12 @@
 """The texts: their commands work and print what is shown, and what they name exists."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
-from harness import texts
+from harness import PROJECT, texts
 
 pytestmark = pytest.mark.texts
 
@@ -52,6 +54,10 @@ def test_lesson_changes_lines_that_exist():
     for line, path in commands:
         count = texts.read(path).count(line)
         assert count == 1, f"lesson_25.md changes {line!r}, which is in {path} {count} times"
+
+
+def test_benchmark_starts_without_engine():
+    subprocess.run([sys.executable, PROJECT / "bench" / "bench.py", "--help"], check=True)
 
 
 def parameter(unit):
