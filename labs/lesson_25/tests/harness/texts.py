@@ -7,7 +7,6 @@ from harness import PROJECT, REPOSITORY
 
 COMMENT = re.compile(r" *<!-- (.*) -->")
 FENCE = re.compile(r"( *)```(\w*)")
-OUTPUT_KINDS = {"text", "diff"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Unit:
         for block in self.blocks:
             if block.kind == "sh":
                 found.append((block, []))
-            elif found and block.kind in OUTPUT_KINDS and not block.mark:
+            elif found and block.kind in {"text", "diff"} and not block.mark:
                 found[-1][1].append(block)
         return [(block, shown) for block, shown in found if block.is_run]
 
