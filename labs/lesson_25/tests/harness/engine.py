@@ -212,12 +212,12 @@ def redis_in(network, *options):
 
 
 class Stack:
-    """Compose files under a project name and a port of this run.
+    """A Compose file under a project name and a port of this run.
 
     An override removes the fixed container names. `web` has more lines for that service.
     """
 
-    def __init__(self, folder, *files, web=""):
+    def __init__(self, folder, file, web=""):
         self.project = f"{RUN}-{secrets.token_hex(3)}"
         self.port = free_port()
         override = folder / f"{self.project}.yml"
@@ -229,17 +229,16 @@ class Stack:
             "  redis:\n"
             "    container_name: !reset null\n"
         )
-        self.files = [*files, override]
+        self.files = ["--file", file, "--file", override]
         self.environment = {**os.environ, "LAB25_PORT": str(self.port)}
 
     def compose(self, *arguments, **options):
-        files = [word for file in self.files for word in ("--file", file)]
-        command = ["compose", "--project-name", self.project, *files, *arguments]
+        command = ["compose", "--project-name", self.project, *self.files, *arguments]
         return docker(*command, env=self.environment, **options)
 
-    def up(self, *options):
+    def up(self):
         """Start the stack and wait until it is healthy. Fail with its log if it is not."""
-        started = self.compose("up", "--detach", "--wait", *options, check=False)
+        started = self.compose("up", "--detach", "--wait", check=False)
         if started.returncode:
             log = self.compose("logs", check=False).stdout
             raise AssertionError(f"the stack is not healthy: {started.stderr}\nits log:\n{log}")
