@@ -5,12 +5,8 @@ import re
 
 from harness import PROJECT, REPOSITORY
 
-GOES_ON = "goes on"
-STARTS_HERE = "starts here"
-OWN_SWARM = "in a swarm of its own"
 COMMENT = re.compile(r" *<!-- (.*) -->")
 FENCE = re.compile(r"( *)```(\w*)")
-OUTPUT_KINDS = {"text", "diff"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Unit:
         for block in self.blocks:
             if block.kind == "sh":
                 found.append((block, []))
-            elif found and block.kind in OUTPUT_KINDS and not block.mark:
+            elif found and block.kind in {"text", "diff"} and not block.mark:
                 found[-1][1].append(block)
         return [(block, shown) for block, shown in found if block.is_run]
 
@@ -89,17 +85,13 @@ def units(text):
                 found.append(Unit(text, heading))
         comment = COMMENT.fullmatch(line)
         mark = comment[1] if comment else ""
-        if mark == GOES_ON:
+        if mark == "goes on":
             found.pop()
-        elif mark == STARTS_HERE:
+        elif mark == "starts here":
             found.append(Unit(text, heading))
-        elif mark == OWN_SWARM:
+        elif mark == "in a swarm of its own":
             found[-1].in_own_swarm = True
     return found
-
-
-def blocks(text):
-    return [block for unit in units(text) for block in unit.blocks]
 
 
 def anchor(heading):
