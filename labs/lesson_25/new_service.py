@@ -48,7 +48,7 @@ def new_words(name, prefix, owner):
         "labs/lesson_25/": "",
         "](../../../": "](../",
         "name: lab25\n": f'name: "{name}"\n',  # quoted, because a plain null is not a string
-        # With a suffix, so that only Redis has the host name redis, even if the service has that name.
+        # With a suffix, so that a service called redis does not get the host name of Redis.
         "container_name: lab25-web": f"container_name: {name}-web",
         '"/lab25-web"': f'"/{name}-web"',
         "rm -f lab25-web": f"rm -f {name}-web",
