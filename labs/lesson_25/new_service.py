@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a repository for a service of your own from the files of this one.
+"""Create a repository for a service of your own from the files of this one.
 
 Usage: new_service.py NAME OWNER FOLDER
 Example: new_service.py orders-api your-name ../orders-api
@@ -14,19 +14,19 @@ import sys
 CLONE = pathlib.Path(__file__).resolve().parents[2]
 NAME_RULE = "1 to 30 letters, digits and dashes, with a letter first and no dash at the end"
 OWNER_RULE = "an account on GitHub: 1 to 39 letters, digits and single dashes between them"
-# What only the lesson needs: names of files and folders.
+# Names of files and folders that only the lesson needs.
 LESSON = {"lesson_25.md", "steps", "bench", "new_service.py", "run"}
 LESSON_TESTS = {"test_judge.py", "test_new_service.py", "test_texts.py", "test_timing.py"}
 LESSON_HARNESS = {"judge.py", "reader.py", "texts.py"}
 LESSON_LINES = r"^.*lesson only, to the end(?s:.*)|^(.*lesson only|@step\().*\n|, marks=step\(.*?\)"
 README_SECTIONS = ("Run it", "Test it", "Publish it", "Where to read on", "Trouble")
 REMAINS = """\
-{folder} is a repository with one commit. What remains to decide:
-  license      add a file LICENSE: there is none
+{folder} is a repository with one commit. Remaining decisions:
+  license      add a file LICENSE, which is missing
   description  in README.md and .github/workflows/docker-image-{name}.yml
   maintainer   the label in app/Dockerfile
   greeting     git grep "Hello from {name}"
-Start it, and test it, in {folder}:
+Start and test it in {folder}:
   {prefix}_PORT=8081 docker compose -f compose/docker-compose.yml up -d --build --wait
   python3 -m venv .venv && .venv/bin/python -m pip install -r app/requirements.txt \
 -r tests/requirements.txt && .venv/bin/python -m pytest"""
@@ -43,12 +43,12 @@ def in_lower_case(argument, value, pattern, rule):
 
 
 def new_words(name, prefix, owner):
-    """Return what replaces each word of the lesson in the service's files and paths."""
+    """Return the replacement of each word of the lesson in the service's files and paths."""
     return {
         "labs/lesson_25/": "",
         "](../../../": "](../",
         "name: lab25\n": f'name: "{name}"\n',  # quoted, because a plain null is not a string
-        # With a suffix, so that in a service called redis only Redis has this host name.
+        # With a suffix, so that a service called redis does not get the host name of Redis.
         "container_name: lab25-web": f"container_name: {name}-web",
         '"/lab25-web"': f'"/{name}-web"',
         "rm -f lab25-web": f"rm -f {name}-web",
@@ -61,13 +61,13 @@ def new_words(name, prefix, owner):
 
 
 def git(folder, *arguments):
-    """Return what git prints. Raise CalledProcessError if it fails; git shows why."""
+    """Return what git prints. Raise CalledProcessError if it fails, after git has printed why."""
     return subprocess.check_output(["git", "-C", folder, *arguments], text=True)
 
 
 def copy_files(folder, name, words):
-    """Copy the clone's files to the folder, in the words of the service."""
-    # Functions and variables of Python keep their names.
+    """Copy the clone's files to the folder, and replace the words of the lesson."""
+    # Python functions and variables keep their names.
     pattern = rf"(?<!_)({'|'.join(map(re.escape, words))})(?!\()"
     for path in git(CLONE, "ls-files").splitlines():
         if not {*path.split("/")}.isdisjoint(LESSON | LESSON_TESTS | LESSON_HARNESS):
@@ -84,7 +84,7 @@ def copy_files(folder, name, words):
 
 
 def commit(folder, owner):
-    """Make a git repository of the folder with one commit, by the owner if git knows no author."""
+    """Commit the folder to a new repository, as the owner if git has no author configured."""
     git(folder, "init", "--quiet", "--initial-branch=main")
     git(folder, "add", ".")
     author = []
@@ -104,7 +104,7 @@ def main():
             raise ValueError(f"FOLDER must not exist yet, got {folder}.")
     except ValueError as error:
         sys.exit(str(error))
-    # The service has a REDIS_PORT of its own.
+    # REDIS_PORT is already the port of Redis, so this service gets another prefix.
     prefix = "REDIS_SERVICE" if name == "redis" else name.upper().replace("-", "_")
     try:
         folder.mkdir()

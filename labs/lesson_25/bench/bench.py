@@ -1,7 +1,7 @@
 """Compares the image with a single-stage image, both in the local Compose file.
 
 Prints the table that is in README.md. Exits with 1 if a row misses its limit, and with 2 if
-something cannot be measured. All that it creates is removed, except for the engine's build cache.
+something cannot be measured. Removes everything that it created, except the engine's build cache.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from harness.clients import Visitors, counted, eventually, get
 from harness.engine import docker
 from harness.registry import private_registry
 
-# The clients that make the load. Python would be slower than the service.
+# The clients that create the load, since Python would be slower than the service.
 LOAD = f"FROM {engine.BASE}\nRUN apt-get update && apt-get install -y wrk hey\n"
 SINGLE_STAGE = pathlib.Path(__file__).with_name("Dockerfile.single-stage")
 NO_ANSWER_SECONDS = 20
@@ -62,7 +62,7 @@ def timed(function, *arguments, **options):
 
 
 def load(*command):
-    """Return what wrk or hey prints. They reach the ports that are published on this machine."""
+    """Return the output of wrk or hey, which can reach the ports published on this machine."""
     return docker("run", "--rm", "--network=host", f"{engine.RUN}:load", *command).stdout
 
 
@@ -89,10 +89,10 @@ class Side:
     def note_slowest(self, row, seconds):
         self.figures[row] = [max([seconds, *self.figures[row]])]
 
-    # The steps. Each notes figures, and fails if it cannot measure them.
+    # The steps. Each records its figures, and fails if it cannot measure them.
 
     def build(self, registry, times):
-        # Without provenance, the tag leads to one manifest instead of an index.
+        # Without provenance, the tag points to one manifest instead of an index.
         options = ["--file", self.dockerfile, "--provenance=false"]
         engine.build(self.tag, *options)
         self.note("layers", sum(engine.layer_sizes(self.image)[: -engine.base_lines()]))
@@ -176,7 +176,7 @@ def cell(row, figures):
 
 
 def table(ours, theirs):
-    """Return the table in Markdown. A row that misses its limit says so."""
+    """Return the table in Markdown, in which each row that misses its limit is marked."""
     lines = ["| | this lesson | single stage | ratio |", "| --- | --- | --- | --- |"]
     for key, row in ROWS.items():
         figures = [side.figures[key] for side in (ours, theirs)]
@@ -206,12 +206,12 @@ def measure(rounds, seconds):
             cleanup.callback(side.stack.down, "--volumes")
         (folder / "load").mkdir()
         (folder / "load" / "Dockerfile").write_text(LOAD)
-        # Only once if it is the single stage, which takes up to 30 seconds for a start.
+        # The single stage is measured once, because it takes up to 30 seconds to start.
         often = [(ours, max(rounds, 3)), (theirs, 1)]
         steps = [(Side.build, side, registry, times) for side, times in often]
         steps += [(Side.start_and_stop, side, times) for side, times in often]
         steps += [(Side.load, side, seconds) for _ in range(rounds) for side in (ours, theirs)]
-        # The rest is the app's, which is the same in both images.
+        # The remaining rows depend on the app, which is the same in both images.
         steps += [(Side.frozen_redis, ours, visitors) for visitors in (0, 64)]
         steps += [(Side.moved_redis, ours)]
         print("bench: build the clients", file=sys.stderr)

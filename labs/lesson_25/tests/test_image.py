@@ -173,7 +173,7 @@ def test_starts_in_app_folder(own_view):
 
 @step(4)
 def test_user_is_number(image):
-    """USER is the number 10001: a cluster cannot tell from a name that it is not root."""
+    """USER is the number 10001: a cluster cannot tell whether a name belongs to root."""
     user = inspect(image, "image")["Config"]["User"].partition(":")[0]
     shown = f"{user!r}" if user else "none, so it runs as root"
     assert user == "10001", f"USER must be the number 10001, got {shown}"
@@ -181,7 +181,7 @@ def test_user_is_number(image):
 
 @step(4)
 def test_user_is_appuser_without_shell_and_home(own_view):
-    """The user 10001 is appuser, without a shell, a home folder or root's group."""
+    """The user 10001 is appuser, without a shell, a home directory or root's group."""
     assert "appuser" in own_view["users"], "there is no user appuser"
     *_, number, _, _, home, shell, has_home = own_view["users"]["appuser"]
     assert number == 10001, f"appuser must have the number 10001, got {number}"
@@ -223,7 +223,7 @@ def changed(built_before, app_folder, tmp_path_factory):
 
 @step(3, 4)
 def test_changed_app_adds_one_small_layer(changed, built_before):
-    """After a change to app.py less than 100 kB are new, and no package is installed again."""
+    """A change to app.py adds less than 100 kB, and no package is installed again."""
     size = new_megabytes(changed, since=built_before)
     assert size, "the change to app.py is not in the image"
     assert size * MEGABYTE < CHANGED_APP_BYTES, (
@@ -234,7 +234,7 @@ def test_changed_app_adds_one_small_layer(changed, built_before):
 
 @step(6)
 def test_new_version_adds_no_layer(image, built_before, app_folder):
-    """A new BUILD_VERSION makes no new layer."""
+    """A new BUILD_VERSION adds no layer."""
     other = build("other", "--build-arg", f"BUILD_VERSION={RUN}", context=app_folder)
     size = new_megabytes(other, since=built_before)
     assert not size, (
@@ -253,7 +253,7 @@ def changed_web(changed):
 
 @step(4)
 def test_runs_from_files_that_only_owner_can_read(changed_web):
-    """Its user can read the app, even if only their owner can read the files in the folder."""
+    """The image's user can read the app, even if only its owner can read the source files."""
     unreadable = "it does not answer if only their owner can read the app's files"
     changed_web.wait_for(lambda: changed_web.get("/health"), broken=unreadable)
 
@@ -356,7 +356,7 @@ def test_shows_environment(web):
 
 @step(5)
 def test_exits_with_status_0_when_stopped(image):
-    """`docker stop` ends a container with status 0, since its program handles SIGTERM."""
+    """On `docker stop`, a container exits with status 0, since its program handles SIGTERM."""
     with container(image) as stopped:
         docker("stop", stopped.name)  # kills after ten seconds; serve.py kills a worker after five
         status = stopped.inspect()["State"]["ExitCode"]
@@ -430,7 +430,7 @@ def run_health_check(image, web, *settings, before=()):
 
 @step(5)
 def test_health_check_is_frequent_and_limited(image):
-    """Docker checks within a second of the start, then every ten seconds, for three at most."""
+    """Docker checks within a second of the start, then every ten seconds, with a limit of three."""
     check = {"Interval": 30e9, "Timeout": 30e9, "StartPeriod": 0, "StartInterval": 5e9}
     check |= health_check(image)
     every, timeout, start_period, start_interval = (

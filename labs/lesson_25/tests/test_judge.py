@@ -25,7 +25,7 @@ def judge(step, folder):
     return result.returncode, result.stdout + result.stderr
 
 
-def test_judge_names_requirements_and_what_is_wrong(tmp_path):
+def test_judge_prints_requirements_and_reason(tmp_path):
     (tmp_path / "Dockerfile").write_text(FILE_SERVER)
     for file in ("requirements.txt", "app.py", "health"):
         (tmp_path / file).write_text("{}")

@@ -35,9 +35,9 @@ def test_every_block_is_checked_or_has_reason():
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_links_lead_to_files_and_headings(text):
+def test_links_point_to_files_and_headings(text):
     broken = texts.broken_links(text)
-    assert not broken, f"{text}: links to no file or no heading: {broken}"
+    assert not broken, f"{text}: links to a missing file or heading: {broken}"
 
 
 def test_lesson_names_tests_that_exist():
