@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 
 import fakeredis
 import pytest
@@ -56,15 +55,6 @@ def redis_server(app, monkeypatch):
     server = fakeredis.FakeServer()
     monkeypatch.setattr(app, "_redis_client", fakeredis.FakeRedis(server=server))
     return server
-
-
-@pytest.fixture
-def ipv6():
-    """Skip the test on a machine without IPv6."""
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError as error:
-        pytest.skip(f"This machine has no IPv6: {error}")
 
 
 @pytest.fixture(scope="session", autouse=True)

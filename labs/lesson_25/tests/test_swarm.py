@@ -5,7 +5,6 @@ The tests that kill a node come first, while the two tasks of web are on differe
 
 import contextlib
 import http.client
-import itertools
 import random
 import re
 import string
@@ -59,10 +58,10 @@ class Travelers(Visitors):
         super().__init__(8080, count=4, pause=0.02)
         self.swarm = swarm
 
-    def _visit(self, answers):
+    def _visit(self):
         while not self._stop.wait(self.pause):
             try:
-                answers.append(get_from_any(self.swarm.addresses))
+                self.answers.append(get_from_any(self.swarm.addresses))
             except FAILURES as error:
                 self.failures.append(error)
 
@@ -72,8 +71,7 @@ class Travelers(Visitors):
         limit = self.swarm.closed_unread if lost is None else lost
         assert count <= limit, f"{count} requests were lost, the first: {self.failures[:3]}"
         self.failures.clear()
-        numbers = list(itertools.chain(*self.numbers()))
-        assert len(numbers) == len(set(numbers)), "a number was given twice"
+        numbers = self.numbers()
         assert len(numbers) > 20, f"only {len(numbers)} hits were counted"
         return numbers
 

@@ -48,17 +48,6 @@ def _fields(client, path):
     return response.json
 
 
-def probe(port, times, every):
-    """Return the seconds to each answer of /health, requested once in `every` seconds."""
-    waits = []
-    for _ in range(times):
-        started = time.monotonic()
-        assert get(port, "/health", timeout=20).status == 200
-        waits.append(time.monotonic() - started)
-        time.sleep(max(0, every - waits[-1]))
-    return waits
-
-
 def counted(answer):
     """Return the number of a hit. Raise ConnectionError with the reason if it has none."""
     if answer.json["redis_error"]:
@@ -100,28 +89,26 @@ def serving(server):
 class Visitors:
     """Clients that request / continuously during a `with` block.
 
-    `answers` has a list of Answers for each client, `failures` the errors of requests without one.
-    Each client keeps its connection, because a new one for each request would use up the ports of
-    the engine's proxy: it has 28,000 a minute, and then resets connections.
+    `answers` has all Answers, `failures` the errors of requests without one. Each client keeps its
+    connection, because a new one for each request would use up the ports of the engine's proxy: it
+    has 28,000 a minute, and then resets connections.
     """
 
     def __init__(self, port, count=8, pause=0.0):
         self.port = port
         self.pause = pause  # seconds
-        self.answers = [[] for _ in range(count)]
+        self.answers = []
         self.failures = []
         self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._visit, args=[answers]) for answers in self.answers
-        ]
+        self._threads = [threading.Thread(target=self._visit) for _ in range(count)]
 
-    def _visit(self, answers):
+    def _visit(self):
         with contextlib.closing(
             http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         ) as connection:
             while not self._stop.wait(self.pause):
                 try:
-                    answers.append(ask(connection))
+                    self.answers.append(ask(connection))
                 except FAILURES as error:
                     self.failures.append(error)
                     connection.close()  # the next request opens it again
@@ -138,23 +125,21 @@ class Visitors:
 
     def count(self):
         """Return how many hits have been counted so far."""
-        given = [answer for answers in self.answers for answer in answers]
-        return sum(answer.json.get("hit_count") is not None for answer in given)
+        return sum(answer.json.get("hit_count") is not None for answer in list(self.answers))
 
     def numbers(self):
-        """Return the numbers of all counted hits, a list for each client.
+        """Return the numbers of all counted hits.
 
-        Fail if a request has no answer, or one that is no 200 or has neither number nor reason.
+        Fail if a request has no answer, or one without number and reason, or if a number was given
+        twice.
         """
         failed = self.failures
         assert not failed, f"{len(failed)} requests had no answer, the first: {failed[:3]}"
-        given = [answer for answers in self.answers for answer in answers]
-        statuses = {answer.status for answer in given}
-        assert statuses == {200}, f"every answer must be a 200, got {statuses}"
-        for answer in given:
-            number, error = answer.json["hit_count"], answer.json["redis_error"]
-            assert (number is None) != (error is None), f"number or reason: {answer.json}"
-        return [
-            [answer.json["hit_count"] for answer in answers if answer.json["hit_count"] is not None]
-            for answers in self.answers
-        ]
+        numbers = []
+        for status, _, fields in self.answers:
+            assert status == 200, f"every answer must be a 200, got {status}: {fields}"
+            if fields["redis_error"] is None:
+                numbers.append(fields["hit_count"])
+        assert None not in numbers, "an answer has neither number nor reason"
+        assert len(numbers) == len(set(numbers)), "a number was given twice"
+        return numbers

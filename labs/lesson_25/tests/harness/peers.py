@@ -38,21 +38,16 @@ def peer(reply_to, port=0, tls=None):
         yield listening_port
 
 
+def patient_url(port):
+    """Return the REDIS_URL of a peer, with a long limit: a busy machine delays a reply."""
+    return f"redis://127.0.0.1:{port}?socket_timeout=20"
+
+
 def self_signed(folder):
     """Return a new certificate for 127.0.0.1, as a file, and the SSLContext of its server."""
-    certificate, key = folder / "certificate.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-subj", "/CN=redis"]
-    command += [
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-addext",
-        "subjectAltName=IP:127.0.0.1",
-        "-keyout",
-        key,
-        "-out",
-        certificate,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    command = "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
+    command += " -subj /CN=redis -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    return certificate, context
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    return folder / "cert.pem", context
