@@ -69,13 +69,16 @@ def load(*command):
 class Side:
     """One of the two images: its stack, and its figures by row."""
 
-    def __init__(self, name, dockerfile, folder, override=""):
+    def __init__(self, name, dockerfile, folder):
         self.name = name
         self.dockerfile = dockerfile
         self.folder = folder
         self.tag = name.replace(" ", "-")
         self.image = f"{engine.RUN}:{self.tag}"
-        web = f"    image: {self.image}\n{override}"
+        # Names in this file override the engine's name server.
+        self.hosts = folder / f"{self.tag}.hosts"
+        self.hosts.write_text("127.0.0.1 localhost\n")
+        web = f"    image: {self.image}\n    volumes: ['{self.hosts}:/etc/hosts:ro']\n"
         self.stack = engine.Stack(folder, engine.LOCAL_FILE, web=web)
         self.url = f"http://127.0.0.1:{self.stack.port}/"
         self.figures = collections.defaultdict(list)
@@ -92,9 +95,9 @@ class Side:
         # Without provenance, the tag points to one manifest instead of an index.
         options = ["--file", self.dockerfile, "--provenance=false"]
         engine.build(self.tag, *options)
-        self.note("layers", engine.bytes_over_base(self.image))
-        registry.push(self.image, "bench", self.tag)
+        self.note("layers", sum(engine.layer_sizes(self.image)[: -engine.base_lines()]))
         name = registry.name("bench", self.tag)
+        registry.push(self.image, name)
         inspect = ["buildx", "imagetools", "inspect", "--raw", name]
         manifest = json.loads(docker(*inspect, env=registry.logged_in).stdout)
         blobs = [manifest["config"], *manifest["layers"]]
@@ -129,15 +132,23 @@ class Side:
         self.note("p99", float(re.search(r"99% in ([\d.]+) secs", output)[1]))
 
     def frozen_redis(self, visitors):
-        with Visitors(self.stack.port, visitors), self.stack.container("redis").frozen():
+        redis = self.stack.container("redis").name
+        with Visitors(self.stack.port, visitors):
+            docker("pause", redis)
             for _ in range(24):
                 wait = timed(get, self.stack.port, "/health", timeout=NO_ANSWER_SECONDS)
                 self.note_slowest("frozen", wait)
                 time.sleep(max(0, 0.25 - wait))
+            docker("unpause", redis)
         self.wait_until_all_hits_count()
 
     def moved_redis(self):
-        with self.stack.redis_moved():
+        """Move the name of Redis. The first becomes a replica, which keeps its connections."""
+        first = self.stack.container("redis")
+        with engine.redis_in(f"{self.stack.project}_backend") as second:
+            address = second.address(f"{self.stack.project}_backend")
+            first.run("redis-cli", "replicaof", address, "6379")
+            self.hosts.write_text(f"127.0.0.1 localhost\n{address} redis\n")
             self.wait_until_all_hits_count()
 
     def wait_until_all_hits_count(self):

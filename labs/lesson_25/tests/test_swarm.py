@@ -6,7 +6,6 @@ The tests that kill a node come first, while the two tasks of web are on differe
 import contextlib
 import http.client
 import random
-import re
 import string
 
 import pytest
@@ -65,15 +64,26 @@ class Travelers(Visitors):
             except FAILURES as error:
                 self.failures.append(error)
 
-    def distinct_numbers(self, lost=None):
-        """Return all numbers. Fail if one was given twice, or more than `lost` requests failed."""
-        count = len(self.failures)
-        limit = self.swarm.closed_unread if lost is None else lost
-        assert count <= limit, f"{count} requests were lost, the first: {self.failures[:3]}"
-        self.failures.clear()
-        numbers = self.numbers()
-        assert len(numbers) > 20, f"only {len(numbers)} hits were counted"
-        return numbers
+    def count_on(self):
+        """Wait until 50 more hits are counted."""
+        enough = self.count() + 50
+        eventually(lambda: self.count() >= enough, SECONDS, broken="hits are not counted")
+
+
+@contextlib.contextmanager
+def under_load(swarm, lost):
+    """Send requests before, during and after a `with` block. Yield the Travelers.
+
+    Fail if a number was given twice, or more than `lost` requests failed.
+    """
+    with Travelers(swarm) as travelers:
+        travelers.count_on()
+        yield travelers
+        travelers.count_on()
+    failed = travelers.failures
+    assert len(failed) <= lost, f"{len(failed)} requests were lost, the first: {failed[:3]}"
+    failed.clear()
+    travelers.numbers()
 
 
 class Swarm:
@@ -93,20 +103,14 @@ class Swarm:
     def deploy(self, tag):
         variables = [f"--env=IMAGE_TAG={tag}", f"--env=GHCR_OWNER={OWNER}"]
         deploy = ["docker", "stack", "deploy", "--with-registry-auth", "--detach=true"]
-        stack = ["--compose-file", "/docker-stack.yml", STACK]
+        stack = ["--compose-file", "/files/docker-stack.yml", STACK]
         docker("exec", *variables, self.manager.name, *deploy, *stack)
 
-    def inspect(self, template):
-        return self.docker("service", "inspect", "--format", template, f"{STACK}_web").strip()
-
-    def tag(self):
-        """Return the tag that runs, or that will run after the update or rollback."""
-        image = self.inspect("{{.Spec.TaskTemplate.ContainerSpec.Image}}")
-        return re.search(r"lab25-web:([\w-]+)", image)[1]
-
-    def update_state(self):
-        """Return the state of the newest update, or "" before it has started."""
-        return self.inspect("{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}")
+    def ended_update(self):
+        """Return how the newest update ended, or None before it has ended."""
+        template = "{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}"
+        state = self.docker("service", "inspect", "--format", template, f"{STACK}_web").strip()
+        return state if state in {"completed", "paused", "rollback_completed"} else None
 
     def tasks(self, service):
         """Return a (node, container ID) for each healthy task. A stopped node has none."""
@@ -150,16 +154,15 @@ def swarm(image, registry, tmp_path_factory):
     for tag, lines in IMAGES.items():
         dockerfile = folder / "Dockerfile"
         dockerfile.write_text(f"FROM {image}\n{lines}\n")
-        registry.push(build(f"swarm-{tag}", "--file", dockerfile, context=folder), OWNER, tag)
+        built = build(f"swarm-{tag}", "--file", dockerfile, context=folder)
+        registry.push(built, registry.name(OWNER, tag))
     lacks = kernel_lacks(BASE)
-    files = folder / "files"
-    files.mkdir()
     stack_file = adapted(STACK_FILE.read_text(), lacks, published=8080)
-    (files / "docker-stack.yml").write_text(stack_file)
-    (files / "password").write_text(PASSWORD)
-    with engines(3, NETWORK, registry, "--env=REGISTRY=registry:5000") as nodes:
+    (folder / "docker-stack.yml").write_text(stack_file)
+    (folder / "password").write_text(PASSWORD)
+    options = ["--env=REGISTRY=registry:5000", f"--volume={folder}:/files:ro"]
+    with engines(3, NETWORK, registry, *options) as nodes:
         made = Swarm(nodes, lacks)
-        docker("cp", f"{files}/.", f"{made.manager.name}:/")
         give_image(REDIS, made.redis_node, folder)
         made.docker("swarm", "init")
         token = made.docker("swarm", "join-token", "--quiet", "worker").strip()
@@ -167,9 +170,8 @@ def swarm(image, registry, tmp_path_factory):
             node.run("docker", "swarm", "join", "--token", token, f"{made.manager.name}:2377")
         hostname = made.redis_node.inspect()["Config"]["Hostname"]
         made.docker("node", "update", "--label-add", f"{STACK}.redis=true", hostname)
-        made.docker("secret", "create", SECRET, "/password")
-        login = ["login", "registry:5000", "--username", registry.user]
-        made.docker(*login, "--password", registry.password)
+        made.docker("secret", "create", SECRET, "/files/password")
+        made.docker("login", "registry:5000", *registry.account)
         made.deploy("first")
         eventually(lambda: made.runs("first"), SECONDS, broken="the first deploy does not finish")
         yield made
@@ -192,40 +194,35 @@ def test_password_is_required_and_shown_nowhere(swarm):
 
 def test_killed_node_loses_only_its_own_requests(swarm):
     node = next(node for node, _ in swarm.tasks("web") if node is not swarm.manager)
-    with Travelers(swarm) as travelers, swarm.killed(node):
+    # The processes of the node exit one after the other.
+    with under_load(swarm, lost=8), swarm.killed(node):
         eventually(
             lambda: len(swarm.tasks("web")) == 2,
             SECONDS,
             broken="the task of web on the killed node is not replaced",
         )
-    travelers.distinct_numbers(lost=8)  # its processes exit one after the other
 
 
 def test_counter_continues_after_redis_node_was_killed(swarm):
-    with Travelers(swarm) as travelers:
-        eventually(lambda: travelers.count() > 100, SECONDS)
-        with swarm.killed(swarm.redis_node):
-            # It stays down until web notices, like a machine that has to boot.
-            eventually(lambda: get_from_any(swarm.addresses).json["redis_error"], SECONDS)
-    highest = max(travelers.distinct_numbers(lost=8))
+    with under_load(swarm, lost=8) as travelers, swarm.killed(swarm.redis_node):
+        # It stays down until web notices, like a machine that has to boot.
+        eventually(lambda: get_from_any(swarm.addresses).json["redis_error"], SECONDS)
+    highest = max(travelers.numbers())
     number = eventually(lambda: counted(get_from_any(swarm.addresses)))
     assert number > highest, f"hit {highest} was answered, and {number} followed"
 
 
 def test_update_under_load_loses_no_request(swarm):
-    with Travelers(swarm) as travelers:
+    with under_load(swarm, lost=swarm.closed_unread):
         swarm.deploy("second")
         eventually(lambda: swarm.runs("second"), SECONDS, broken="the update does not finish")
-    travelers.distinct_numbers()
 
 
 @pytest.mark.parametrize("bad", ["never-healthy", "unhealthy-after-8-seconds"])
 def test_bad_image_is_rolled_back_without_lost_request(swarm, bad):
-    good = swarm.tag()
-    with Travelers(swarm) as travelers:
+    good = get_from_any(swarm.addresses, "/health").json["version"]
+    with under_load(swarm, lost=swarm.closed_unread):
         swarm.deploy(bad)
-        ends = {"completed", "paused", "rollback_completed"}
-        eventually(lambda: swarm.update_state() in ends, SECONDS, broken="the update does not end")
-        assert swarm.tag() == good, f"{bad} is not rolled back: {swarm.update_state()}"
+        ended = eventually(swarm.ended_update, SECONDS, broken="the update does not end")
+        assert ended == "rollback_completed", f"{bad} is not rolled back, but {ended}"
         eventually(lambda: swarm.runs(good), SECONDS, broken="the old version does not run")
-    travelers.distinct_numbers()

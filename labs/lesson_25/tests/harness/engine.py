@@ -94,10 +94,6 @@ def base_lines():
     return len(layer_sizes(BASE))
 
 
-def bytes_over_base(image):
-    return sum(layer_sizes(image)[: -base_lines()])
-
-
 def give_image(image, node, folder):
     """Load an image of this engine into the engine in the container `node`."""
     archive = folder / "image.tar"
@@ -106,26 +102,13 @@ def give_image(image, node, folder):
     node.run("docker", "load", "--input", "/image.tar")
 
 
-def image_names(naming):
-    """Return the names of all images that contain `naming`.
-
-    Raise OSError if another run removes one of them at the same time.
-    """
-    columns = "{{.Repository}} {{.Tag}} {{.Digest}}"
-    listing = docker("image", "ls", "--digests", "--format", columns, check=False)
-    if listing.returncode:
-        raise OSError(listing.stderr)
-    images = [line.split() for line in listing.stdout.splitlines()]
-    return [
-        f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}"
-        for repository, tag, digest in images
-        if naming in repository
-    ]
-
-
 def remove_images(naming=RUN):
-    """Remove every image whose name contains `naming`."""
-    if names := eventually(lambda: (image_names(naming),))[0]:
+    """Remove every image of which a part of the name starts with `naming`."""
+    patterns = (f"{naming}*", f"*/{naming}*/*", f"*/*/{naming}*")
+    # A listing without patterns fails if another run removes an image at the same time.
+    filters = [f"--filter=reference={pattern}" for pattern in patterns]
+    name = '{{.Repository}}{{if eq .Tag "<none>"}}@{{.Digest}}{{else}}:{{.Tag}}{{end}}'
+    if names := docker("image", "ls", "--digests", "--format", name, *filters).stdout.split():
         docker("image", "rm", "--force", *names)
 
 
@@ -155,8 +138,8 @@ class Container:
     def inspect(self):
         return inspect(self.name)
 
-    def get(self, path="/", timeout=5):
-        return get(self.port, path, timeout=timeout)
+    def get(self, path="/"):
+        return get(self.port, path)
 
     def address(self, network="bridge"):
         """Return its IP address in a network, which this machine reaches if the engine is local."""
@@ -168,15 +151,6 @@ class Container:
         used = usage.split(" /")[0]
         number, unit = used[:-3], used[-3:]
         return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
-
-    @contextlib.contextmanager
-    def frozen(self):
-        """Pause all of its processes in a `with` block."""
-        docker("pause", self.name)
-        try:
-            yield
-        finally:
-            docker("unpause", self.name)
 
     def log(self):
         result = docker("logs", self.name)
@@ -213,26 +187,22 @@ def container(image, *options, command=(), port_inside=8080, wait=True):
     made = Container(f"{RUN}-{secrets.token_hex(3)}", free_port())
     options = ["--publish", f"127.0.0.1:{made.port}:{port_inside}", "--no-healthcheck", *options]
     try:
-        docker("create", "--name", made.name, *options, image, *command)
+        docker("run", "--detach", "--name", made.name, *options, image, *command)
         if wait:
-            docker("start", made.name)
             made.wait_for(lambda: made.get("/health"), broken=f"{image} does not answer /health")
         yield made
     finally:
         docker("rm", "--force", "--volumes", made.name)
 
 
-def ping(redis):
-    """Return whether Redis answers a PING from its own container."""
-    return "PONG" in redis.run("redis-cli", "ping", check=False).stdout
-
-
 @contextlib.contextmanager
 def redis_in(network, *options):
     """Yield the Container of a Redis in this network, which answers already."""
     with container(REDIS, "--network", network, *options, wait=False) as made:
-        docker("start", made.name)
-        made.wait_for(lambda: ping(made), broken="a Redis of the tests does not answer a PING")
+        made.wait_for(
+            lambda: "PONG" in made.run("redis-cli", "ping", check=False).stdout,
+            broken="a Redis of the tests does not answer a PING",
+        )
         yield made
 
 
@@ -245,26 +215,20 @@ class Stack:
     An override removes the fixed container names. `web` has more lines for that service.
     """
 
-    def __init__(self, folder, *files, web="", environment=None, project=None, port=None):
-        self.project = project or f"{RUN}-{secrets.token_hex(3)}"
-        self.port = port or free_port()
-        self.network = f"{self.project}_backend"
-        # Names in this file override the engine's name server.
-        self.hosts = folder / f"{secrets.token_hex(3)}.hosts"
-        self.hosts.write_text("127.0.0.1 localhost\n")
-        override = folder / f"{secrets.token_hex(3)}.yml"
+    def __init__(self, folder, *files, web=""):
+        self.project = f"{RUN}-{secrets.token_hex(3)}"
+        self.port = free_port()
+        override = folder / f"{self.project}.yml"
         override.write_text(
             "services:\n"
             "  web:\n"
             "    container_name: !reset null\n"
-            f"    volumes: ['{self.hosts}:/etc/hosts:ro']\n"
             f"{web}"
             "  redis:\n"
             "    container_name: !reset null\n"
         )
         self.files = [*files, override]
-        published = {"LAB25_PORT": str(self.port)}
-        self.environment = {**os.environ, **published, **(environment or {})}
+        self.environment = {**os.environ, "LAB25_PORT": str(self.port)}
 
     def compose(self, *arguments, **options):
         files = [word for file in self.files for word in ("--file", file)]
@@ -279,34 +243,17 @@ class Stack:
             raise AssertionError(f"the stack is not healthy: {started.stderr}\nits log:\n{log}")
 
     def down(self, *options):
-        return self.compose("down", "--remove-orphans", "--timeout", "2", *options)
+        return self.compose("down", "--remove-orphans", "-t", "2", *options)
 
     def container(self, service):
         return Container(self.compose("ps", "--all", "--quiet", service).stdout.strip())
 
-    def get(self, path="/", timeout=5):
-        return get(self.port, path, timeout=timeout)
+    def get(self, path="/"):
+        return get(self.port, path)
 
     def hits(self):
         """Return the number of the next hit that is counted."""
         return eventually(lambda: counted(self.get()), broken="the stack counts no hit")
-
-    @contextlib.contextmanager
-    def redis_moved(self):
-        """Point the name of Redis to a second Redis in a `with` block.
-
-        The first becomes its replica, which keeps its connections and refuses to count.
-        """
-        first = self.container("redis")
-        with redis_in(self.network) as second:
-            address = second.address(self.network)
-            first.run("redis-cli", "replicaof", address, "6379")
-            self.hosts.write_text(f"127.0.0.1 localhost\n{address} redis\n")
-            try:
-                yield second
-            finally:
-                self.hosts.write_text("127.0.0.1 localhost\n")
-                first.run("redis-cli", "replicaof", "no", "one")
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ import sys
 import pytest
 
 from harness import REPOSITORY, engine
-from harness.engine import BASE, CONTEXT, REDIS, RUN, docker, free_port, give_image, remove_all
+from harness.engine import BASE, REDIS, RUN, build, free_port, give_image, remove_all
 from harness.swarm import STACK_FILE, adapted, engines, kernel_lacks, mesh
 
+PUBLISHED = ["1.2.3", "1.2.4"]  # tags in the registry of a unit with a swarm of its own
 READERS = 3  # in parallel with the other tests, because they wait more than they work
 UNIT_MINUTES = 15
 
@@ -64,13 +65,11 @@ class Reader:
             "name: lab25\n": f"name: {self.name}\n",
             "127.0.0.1:8080": f"127.0.0.1:{self.port}",
             "LAB25_PORT:-8080": f"LAB25_PORT:-{self.port}",
-            "6380": str(free_port()),
             "8081": str(free_port()),
             "orders-api": f"{self.name}-api",
             "ORDERS_API": f"{self.name}-api".upper().replace("-", "_"),
             "ghcr.io": registry.address,
             "your-name": registry.user,
-            "your-nam": registry.user[:-1],
         }
         if not unit.in_own_swarm:  # an engine of its own has no other network or volume
             self.words["lab25_"] = f"{self.name}_"
@@ -173,30 +172,13 @@ class Reader:
             self._shell.wait()
 
 
-def published_tags(unit):
-    """Return the tags that a unit deploys and does not build."""
-    commands = "".join(block.body for block, _ in unit.commands())
-    deployed = set(re.findall(r"IMAGE_TAG=([\w.-]+)", commands))
-    return deployed - set(re.findall(r"-t \S+:([\w.-]+)", commands))
-
-
-def publish(reader, tag):
-    """Push a build with this version to the registry, and keep no image of it here."""
-    image = f"{reader.registry.address}/{reader.registry.user}/{reader.name}-web:{tag}"
-    context = reader.copy / CONTEXT.relative_to(REPOSITORY)
-    docker("build", "--tag", image, "--build-arg", f"BUILD_VERSION={tag}", context)
-    docker("push", image, env=reader.registry.logged_in)
-    docker("image", "rm", image)
-
-
 @contextlib.contextmanager
 def own_swarm(reader):
-    """Let `docker` be an engine in a container in a `with` block. It is in no swarm yet.
-
-    The registry, which it reaches, has the tags that the unit deploys and does not build.
-    """
-    for tag in published_tags(reader.unit):
-        publish(reader, tag)
+    """Let `docker` be an engine in a container in a `with` block. It is in no swarm yet."""
+    repository = f"{reader.registry.address}/{reader.registry.user}/{reader.name}-web"
+    for tag in PUBLISHED:
+        built = build(f"version-{tag}", "--build-arg", f"BUILD_VERSION={tag}")
+        reader.registry.push(built, f"{repository}:{tag}")
     reader.words["ghcr.io"] = "registry:5000"
     lacks = kernel_lacks(BASE)
     stack = reader.copy / STACK_FILE.relative_to(REPOSITORY)

@@ -73,8 +73,6 @@ def engines(count, network, registry, *options):
             for _ in range(count)
         ]
         for node in nodes:
-            docker("start", node.name)
-        for node in nodes:
             wait_for_engine(node)
         yield nodes
 

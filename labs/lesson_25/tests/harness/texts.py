@@ -5,9 +5,6 @@ import re
 
 from harness import PROJECT, REPOSITORY
 
-GOES_ON = "goes on"
-STARTS_HERE = "starts here"
-OWN_SWARM = "in a swarm of its own"
 COMMENT = re.compile(r" *<!-- (.*) -->")
 FENCE = re.compile(r"( *)```(\w*)")
 OUTPUT_KINDS = {"text", "diff"}
@@ -89,17 +86,13 @@ def units(text):
                 found.append(Unit(text, heading))
         comment = COMMENT.fullmatch(line)
         mark = comment[1] if comment else ""
-        if mark == GOES_ON:
+        if mark == "goes on":
             found.pop()
-        elif mark == STARTS_HERE:
+        elif mark == "starts here":
             found.append(Unit(text, heading))
-        elif mark == OWN_SWARM:
+        elif mark == "in a swarm of its own":
             found[-1].in_own_swarm = True
     return found
-
-
-def blocks(text):
-    return [block for unit in units(text) for block in unit.blocks]
 
 
 def anchor(heading):
