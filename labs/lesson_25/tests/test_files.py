@@ -17,7 +17,7 @@ LOCAL, REGISTRY, PASSWORD, STACK = (
 WORKFLOW = ".github/workflows/docker-image-lab25.yml"
 WEEKLY = ".github/workflows/weekly-lab25.yml"
 DEPENDABOT = ".github/dependabot.yml"
-LISTS = sorted([*REPOSITORY.glob(".ci/requirements.in"), *PROJECT.glob("*/requirements.in")])
+LISTS = sorted({REPOSITORY / ".ci/requirements.in", *PROJECT.glob("*/requirements.in")})
 ABSENT = "absent"
 
 SYNCED = ["redis-server", "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
@@ -28,6 +28,7 @@ IMAGE = "lab25-web:${IMAGE_TAG:-dev}"
 AUTHORS_IMAGE = "${REGISTRY:-ghcr.io}/${GHCR_OWNER:-vlrrbn}/" + IMAGE
 SECRET = "secrets.redis_password.external"
 GROUP = "lab25-image-${{ github.ref }}"
+TRIED_DIGEST = "${{ needs.build.outputs.digest }}"
 ONLY_PULL_REQUESTS = "${{ github.event_name == 'pull_request' }}"
 
 # A file, the place where it keeps a promise, the value there, and the promise.
@@ -53,12 +54,16 @@ PROMISES = [
     (STACK, SECRET, True, "no file has the password"),
     (STACK, "networks.backend.driver_opts.encrypted", "true", "traffic of nodes is encrypted"),
     (WORKFLOW, "on.push.branches", ["main"], "each push to main is tested"),
+    (WORKFLOW, "on.push.tags", ["v[0-9]+.[0-9]+.[0-9]+"], "each release starts a run"),
     (WORKFLOW, "on.push.paths", ABSENT, "no path filter skips a required check"),
     (WORKFLOW, "on.pull_request", None, "each pull request is tested"),
+    (WORKFLOW, "on.merge_group", None, "a required check reports to the merge queue"),
     (WORKFLOW, "on.schedule", ABSENT, "no schedule disables publishing"),
     (WORKFLOW, "concurrency.group", GROUP, "runs of a branch wait"),
     (WORKFLOW, "concurrency.cancel-in-progress", ONLY_PULL_REQUESTS, "no publishing is cancelled"),
     (WORKFLOW, "defaults.run.shell", "bash", "a failure in a pipe fails the step"),
+    (WORKFLOW, "jobs.build.needs", "test", "no image is built if a test fails"),
+    (WORKFLOW, "jobs.publish.env.DIGEST", TRIED_DIGEST, "the tried image gets the tags"),
     (WEEKLY, "on.schedule", [{"cron": "23 4 * * 1"}], "main is built each Monday"),
 ]
 
@@ -165,22 +170,12 @@ def test_lock_has_what_its_short_list_requires(short_list):
         assert version in one.specifier, f"{short_list} requires {one}, the lock has {version}"
 
 
-def test_dependabot_updates_each_list_of_packages():
+def test_dependabot_updates_each_list_and_tests_with_app():
     updates = read(DEPENDABOT)["updates"]
-    watched = {
-        (update["package-ecosystem"], folder)
+    seen = {
+        (update["package-ecosystem"], *update.get("directories", [update.get("directory")]))
         for update in updates
-        for folder in update.get("directories", [update.get("directory")])
     }
-    folders = [file.parent.relative_to(REPOSITORY).as_posix() for file in LISTS]
-    expected = {("github-actions", "/")} | {("uv", f"/{folder}") for folder in folders}
-    assert watched == expected, f"Dependabot must watch {expected}, watches {watched}"
-
-
-def test_dependabot_updates_tests_together_with_app():
-    updates = read(DEPENDABOT)["updates"]
-    together = [
-        {folder.rpartition("/")[2] for folder in update.get("directories", [])}
-        for update in updates
-    ]
-    assert {"app", "tests"} in together, f"the tests run with the app's packages: {together}"
+    linters, *project = [f"/{file.parent.relative_to(REPOSITORY).as_posix()}" for file in LISTS]
+    expected = {("github-actions", "/"), ("uv", linters), ("uv", *project)}
+    assert seen == expected, f"Dependabot must watch {expected}, watches {seen}"
