@@ -32,7 +32,7 @@ TRIED_DIGEST = "${{ needs.build.outputs.digest }}"
 ONLY_PULL_REQUESTS = "${{ github.event_name == 'pull_request' }}"
 
 # A file, a place in it, the value that must be there, and the requirement that it meets.
-PROMISES = [
+REQUIREMENTS = [
     (LOCAL, "web.ports", [f"127.0.0.1:{PORT}"], "only this machine reaches web"),
     (LOCAL, "web.depends_on.redis.condition", "service_healthy", "web waits for Redis"),
     (LOCAL, "web.restart", "unless-stopped", "web restarts after a crash"),
@@ -86,7 +86,7 @@ def value_at(place, data):
 
 @pytest.mark.parametrize(
     ("file", "place", "value", "requirement"),
-    [pytest.param(*row, id=f"{row[0].rpartition('/')[2]}-{row[1]}") for row in PROMISES],
+    [pytest.param(*row, id=f"{row[0].rpartition('/')[2]}-{row[1]}") for row in REQUIREMENTS],
 )
 def test_file_meets_requirement(file, place, value, requirement):
     seen = value_at(place, read(file))
