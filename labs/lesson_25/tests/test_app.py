@@ -96,7 +96,7 @@ def test_head_and_options_count_nothing(client, redis_server, method):
     assert hit(client) == (1, None), f"a {method} was counted"
 
 
-def test_bug_is_logged_500_and_others_count(app, client, redis_server, monkeypatch, caplog):
+def test_bug_is_logged_and_stops_no_other_hit(app, client, redis_server, monkeypatch, caplog):
     def fail(*_):
         raise KeyError("secret detail")
 
@@ -127,7 +127,7 @@ def test_counts_nothing_without_configured_redis(client, configure):
     assert redis_ok(client) is False
 
 
-def test_app_runs_alone_and_without_redis_package(configure, monkeypatch):
+def test_app_needs_neither_serve_nor_redis_package(configure, monkeypatch):
     monkeypatch.setitem(sys.modules, "redis", None)  # import redis fails
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(CONTEXT)])
     spec = importlib.util.spec_from_file_location("alone", CONTEXT / "app.py")
@@ -147,8 +147,8 @@ def test_app_runs_alone_and_without_redis_package(configure, monkeypatch):
         ({"REDIS_HOST": "a..b"}, "Unicode"),
     ],
 )
-def test_bad_setting_is_reason_and_no_crash(client, configure, settings, error):
-    """`python serve.py` refuses all but the last. Others may run the app in another server."""
+def test_bad_setting_is_reported_in_redis_error(client, configure, settings, error):
+    """`python serve.py` rejects all except the last. Others may run the app in another server."""
     configure(**settings)
     _, reason = hit(client)
     assert str(reason).startswith(error), f"the reason must start with {error!r}, got {reason!r}"

@@ -169,7 +169,7 @@ def test_outage_and_return_are_logged_once(client, stub, clock, caplog):
     ], f"the log must have one line for an outage and one for its end, got {lines}"
 
 
-def test_stuck_log_holds_up_no_other_request(app, client, stub, clock, monkeypatch):
+def test_stuck_log_delays_no_other_request(app, client, stub, clock, monkeypatch):
     stuck, continues = threading.Event(), threading.Event()
     continued = []
 

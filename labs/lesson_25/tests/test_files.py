@@ -31,8 +31,8 @@ GROUP = "lab25-image-${{ github.ref }}"
 TRIED_DIGEST = "${{ needs.build.outputs.digest }}"
 ONLY_PULL_REQUESTS = "${{ github.event_name == 'pull_request' }}"
 
-# A file, the place where it keeps a promise, the value there, and the promise.
-PROMISES = [
+# A file, a place in it, the value that must be there, and the requirement that it meets.
+REQUIREMENTS = [
     (LOCAL, "web.ports", [f"127.0.0.1:{PORT}"], "only this machine reaches web"),
     (LOCAL, "web.depends_on.redis.condition", "service_healthy", "web waits for Redis"),
     (LOCAL, "web.restart", "unless-stopped", "web restarts after a crash"),
@@ -85,12 +85,12 @@ def value_at(place, data):
 
 
 @pytest.mark.parametrize(
-    ("file", "place", "value", "promise"),
-    [pytest.param(*row, id=f"{row[0].rpartition('/')[2]}-{row[1]}") for row in PROMISES],
+    ("file", "place", "value", "requirement"),
+    [pytest.param(*row, id=f"{row[0].rpartition('/')[2]}-{row[1]}") for row in REQUIREMENTS],
 )
-def test_file_keeps_promise(file, place, value, promise):
+def test_file_meets_requirement(file, place, value, requirement):
     seen = value_at(place, read(file))
-    assert seen == value, f"{promise}: {place} in {file} must be {value!r}, got {seen!r}"
+    assert seen == value, f"{requirement}: {place} in {file} must be {value!r}, got {seen!r}"
 
 
 # The stacks
@@ -155,7 +155,7 @@ def test_git_ignores_password_file_and_settings():
 
 
 @pytest.mark.parametrize("short_list", LISTS, ids=lambda path: path.parent.name)
-def test_lock_has_what_its_short_list_requires(short_list):
+def test_lock_covers_its_short_list(short_list):
     lines = [line.partition("#")[0].strip() for line in short_list.read_text().splitlines()]
     wanted = [Requirement(line) for line in lines if line and not line.startswith("-")]
     locked = {}

@@ -57,6 +57,6 @@ def test_judge_fails_with_reason(tmp_path, dockerfile, reason):
     assert "[x]" not in output, f"it ticks a requirement:\n{output}"
 
 
-def test_last_step_is_dockerfile_of_app():
+def test_last_step_equals_dockerfile_of_app():
     last, app = PROJECT / "steps" / "6" / "Dockerfile", PROJECT / "app" / "Dockerfile"
     assert last.read_text() == app.read_text(), "steps/6/Dockerfile differs from app/Dockerfile"

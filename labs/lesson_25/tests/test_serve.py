@@ -118,7 +118,7 @@ def test_access_log_cannot_be_forged(start):
 # Workers and Redis
 
 
-def test_waiting_hits_hold_up_no_other_request(start):
+def test_waiting_hits_delay_no_other_request(start):
     """Seven of a worker's eight threads wait for Redis, which then hangs up on all of them."""
     waiting, hang_up = threading.Semaphore(0), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Which settings are refused at startup, each with one line. No server is started here."""
+"""Which settings are rejected at startup, each with one line. No server is started here."""
 
 import os
 import runpy
@@ -32,7 +32,7 @@ def server(app, monkeypatch):
 
 @pytest.fixture
 def refusal(monkeypatch):
-    """A function that returns the line with which a start refuses settings."""
+    """A function that returns the line that rejects settings at startup."""
 
     def run(start=serve.main, **settings):
         for name, value in settings.items():
@@ -42,7 +42,7 @@ def refusal(monkeypatch):
         except SystemExit as stopped:
             line = stopped.code
         else:
-            pytest.fail(f"startup must refuse {settings}")
+            pytest.fail(f"startup must reject {settings}")
         assert isinstance(line, str) and len(line.splitlines()) == 1, f"not one line: {line!r}"
         assert "s3" not in line, f"a part of a secret is shown: {line}"
         return line
@@ -63,7 +63,7 @@ def refusal(monkeypatch):
         ("HOST", "an address of this machine", ["192.0.2.1", "a..b", "\udcff"]),
     ],
 )
-def test_bad_value_is_refused_and_named(refusal, name, allowed, values):
+def test_bad_value_is_rejected_and_named(refusal, name, allowed, values):
     for value in values:
         line = refusal(**{"REDIS_HOST": "redis", name: value})
         assert line.startswith(name) and allowed in line and f"got {value!r}" in line, line
@@ -78,14 +78,14 @@ def test_bad_value_is_refused_and_named(refusal, name, allowed, values):
         ("REDIS_URL", ["redis://:s3/cret@r", "redis://r?db=s3cret", "redis://r?s3cret=1"]),
     ],
 )
-def test_bad_redis_address_is_refused_and_hidden(refusal, start, name, values):
+def test_bad_redis_address_is_rejected_and_hidden(refusal, start, name, values):
     for value in values:
         line = refusal(start, **{name: value})
         assert line.startswith(f"{name} must be ") and value not in line, line
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n", b"s3cret\nword\n", b"\ns3cret", b"s3\xff"])
-def test_password_file_without_one_line_is_refused(refusal, tmp_path, content):
+def test_password_file_without_one_line_is_rejected(refusal, tmp_path, content):
     path = tmp_path / "password"
     if content is not None:
         path.write_bytes(content)
@@ -94,7 +94,7 @@ def test_password_file_without_one_line_is_refused(refusal, tmp_path, content):
     assert f"got {str(path)!r}" in line, line
 
 
-def test_taken_port_is_refused(refusal):
+def test_taken_port_is_rejected(refusal):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refusal(PORT=str(port), HOST="localhost")
@@ -126,7 +126,7 @@ def test_server_limits_suit_proxies_and_docker(server):
 
 
 @pytest.mark.parametrize("start", [serve.main, run_app])
-def test_name_lookup_is_limited_before_all_else(refusal, start):
+def test_name_lookup_limit_is_set_first(refusal, start):
     """glibc reads RES_OPTIONS at the first look-up. Options of the user override ours."""
     refusal(start, PORT="0", RES_OPTIONS="ndots:1 timeout:3")
     assert os.environ["RES_OPTIONS"] == "timeout:1 attempts:1 ndots:1 timeout:3"

@@ -86,7 +86,7 @@ def test_acknowledged_hits_survive_crashes_of_redis(stack):
     assert restarts == 1, f"Redis crashed once and was restarted {restarts} times"
 
 
-def test_most_workers_lose_no_request_within_limits(image, tmp_path):
+def test_maximum_workers_lose_no_request_within_limits(image, tmp_path):
     """With a limit of 128 processes, 16 workers lost a fifth of the requests."""
     web = "    environment:\n      WEB_CONCURRENCY: 16\n"
     with local_stack(tmp_path, image, web) as stack:
