@@ -36,7 +36,8 @@ class Registry:
         file = own / "config.json"
         settings = json.loads(file.read_text()) if file.exists() else {}
         # Without any login, docker would use the system's credential store.
-        settings |= {"credsStore": "", "credHelpers": {}, "auths": {"lab25.invalid": {}}}
+        auths = {"lab25.invalid": {}}
+        settings |= {"credsStore": "", "credHelpers": {}, "auths": auths}
         (config / "config.json").write_text(json.dumps(settings))
         return {**os.environ, "DOCKER_CONFIG": str(config)}
 
