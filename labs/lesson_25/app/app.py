@@ -107,14 +107,13 @@ def call_redis(operation, *arguments):
 class CircuitBreaker:
     """Spares requests the wait for a Redis that fails.
 
-    While the breaker is closed, every call runs its operation. A failure opens it. While it is
-    open, calls return the reason of the last failure at once, except for trials: one call at a
-    time, at least a second after the last failure, runs its operation. If it succeeds, the breaker
-    closes.
+    Closed: every call runs its operation. A failure opens the breaker.
+    Open: calls return the reason of the last failure at once.
+    Trial: while the breaker is open, one call at a time runs its operation, at least a second after
+    the last failure. If it succeeds, the breaker closes.
 
-    An operation that started before the breaker opened may end after it has closed again. If it
-    fails then, the breaker opens until the next trial. If it succeeds, nothing changes, as only a
-    trial closes the breaker.
+    A slow operation may have started before all that, and end after it. If it fails, it opens the
+    breaker again until the next trial. If it succeeds, it changes nothing.
     """
 
     def __init__(self):
@@ -143,7 +142,9 @@ class CircuitBreaker:
             self._open(reason)
             close_idle_connections(client)
             return None, reason
-        finally:  # after the outcome is set, or after a bug in the operation
+        finally:
+            # This comes last, or another trial could start before this one has set the state. It is
+            # also reached after a bug in the operation, or there would never be another trial.
             if is_trial:
                 with self._lock:
                     self._trial_is_running = False
@@ -218,8 +219,9 @@ def create_redis_client():
     }
     url = setting("REDIS_URL", "")
     if not url.startswith("rediss://"):
-        # Saves another step, CLIENT SETINFO. With TLS, redis-py needs the reply to it: it reads the
-        # session tickets of the server first, and would otherwise drop the connection over them.
+        # Saves another step: CLIENT SETINFO. With TLS this step is needed. The server first sends
+        # session tickets, which redis-py reads together with a reply. If they are still unread when
+        # an operation starts, redis-py closes the connection.
         options["driver_info"] = None
     if url:
         client = client_for_url(url, options)
@@ -273,7 +275,7 @@ def limit_name_lookup():
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server that does not know AUTH quotes its arguments: the password, or only the start of it.
+    # A server that does not know the command AUTH quotes it, with the password or the start of it.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")
@@ -308,9 +310,9 @@ def read_redis_password():
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{requirement}, got {path!r}: {error}") from None
+        raise ValueError(f"{requirement}, got {path!r} ({type(error).__name__})") from None
     if len(lines) != 1 or not lines[0]:
-        raise ValueError(f"{requirement}, got {path!r} with {len(lines)} lines")
+        raise ValueError(f"{requirement}, got {path!r}, which is empty or has more lines")
     return lines[0]
 
 

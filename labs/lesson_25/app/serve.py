@@ -2,7 +2,7 @@
 
 granian starts worker processes, which answer the requests, and replaces a worker that dies. On
 SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. A worker
-that still runs after 5 s is killed. Rarely this is one that missed the signal while it started.
+that still runs after 5 s is killed.
 """
 
 import multiprocessing
@@ -14,7 +14,8 @@ from granian.http import HTTP1Settings
 
 from app import get_redis_client, limit_name_lookup, setting, whole_number
 
-# Under load, 16 workers took 240 MB of memory and 230 threads. The stacks allow 512 MB and 512.
+# Under load, 16 workers took 240 MB of memory and 230 threads. The Compose files and the stack file
+# limit the service to 512 MB and 512 threads.
 MAX_WORKERS = 16
 
 
@@ -34,8 +35,8 @@ def main():
     served = f"{host} port {port}, workers: {workers}"
     print(f"lab25-web {version} on {served}", flush=True)
 
-    # Forked workers share the memory of app.py, and its start_time. On macOS, and from Python 3.14
-    # on, the default is to start them without a fork.
+    # Forked workers have the same start_time, and share the memory of app.py. On macOS, and from
+    # Python 3.14 on, they would not be forked by default, and import app.py again.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -43,9 +44,9 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # In ms: the limit of the wait for the headers of a request, and so of the time between two
-        # requests on a connection. Load balancers keep idle connections for 60 s. If granian closed
-        # one before, a request that was just sent on it would be lost.
+        # granian closes a connection if the headers of the next request take longer than this, in
+        # ms. Load balancers close idle connections after 60 s. granian must not be the first, or a
+        # request that a balancer has just sent would be lost.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections of each worker, most of them idle
         workers=workers,
@@ -60,9 +61,9 @@ def main():
 
 
 def free_address(host, port):
-    """Return the IP address of this host. Raise ValueError if the port is not free there.
+    """Return the IP address of this host, because granian accepts no name.
 
-    The port is tried here, because granian shares it with another granian without a warning.
+    Raise ValueError if the port is not free: two granians would share it without a warning.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
