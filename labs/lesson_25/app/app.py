@@ -112,8 +112,8 @@ class CircuitBreaker:
     Trial: while the breaker is open, one call at a time runs its operation, at least a second after
     the last failure. If it succeeds, the breaker closes.
 
-    A slow operation may have started before all that, and end after it. If it fails, it opens the
-    breaker again until the next trial. If it succeeds, it changes nothing.
+    An operation may be so slow that the breaker opens and closes before it ends. If it then fails,
+    it opens the breaker until the next trial. If it succeeds, it changes nothing.
     """
 
     def __init__(self):
@@ -142,9 +142,7 @@ class CircuitBreaker:
             self._open(reason)
             close_idle_connections(client)
             return None, reason
-        finally:
-            # This comes last, or another trial could start before this one has set the state. It is
-            # also reached after a bug in the operation, or there would never be another trial.
+        finally:  # also after a bug in the operation
             if is_trial:
                 with self._lock:
                     self._trial_is_running = False
@@ -181,7 +179,7 @@ def close_idle_connections(client):
 # The limit of each step of an operation. At worst, an operation takes all of these:
 #     1.0 s  to look up the name of Redis (limit_name_lookup sets this limit)
 #     0.5 s  to connect
-#     1.0 s  for TLS and CLIENT SETINFO
+#     1.0 s  for TLS and CLIENT SETINFO, if there is a REDIS_URL
 #     0.5 s  to log in with a password
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
@@ -217,14 +215,8 @@ def create_redis_client():
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         "protocol": 2,  # saves a step of each new connection: HELLO
     }
-    url = setting("REDIS_URL", "")
-    if not url.startswith("rediss://"):
-        # Saves another step: CLIENT SETINFO. With TLS this step is needed. The server first sends
-        # session tickets, which redis-py reads together with a reply. If they are still unread when
-        # an operation starts, redis-py closes the connection.
-        options["driver_info"] = None
-    if url:
-        client = client_for_url(url, options)
+    if setting("REDIS_URL"):
+        client = client_for_url(setting("REDIS_URL"), options)
         # The URL may have a password of its own.
         _redis_password = client.get_connection_kwargs().get("password")
     else:
@@ -254,7 +246,9 @@ def client_for_host(host, options):
         raise ValueError("REDIS_HOST must be a host name or an IP address, without a port")
     port = whole_number("REDIS_PORT", 6379, 1, 65535)
     db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
-    return redis.Redis(host=host, port=port, db=db, **options)
+    # Without driver_info, redis-py saves another step, CLIENT SETINFO. It needs that step with TLS,
+    # which only a URL can have.
+    return redis.Redis(host=host, port=port, db=db, driver_info=None, **options)
 
 
 def is_ipv6_address(text):
