@@ -428,6 +428,11 @@ def run_health_check(image, web, *settings, before=()):
     return result.returncode, (result.stdout + result.stderr).strip()
 
 
+def outcome(status, output):
+    """Return what a message shows of a command: its exit status and its output."""
+    return f"exits with status {status} and prints {output[-200:] or 'nothing'}"
+
+
 @step(5)
 def test_health_check_is_frequent_and_limited(image):
     """Docker checks within a second of the start, then every ten seconds, with a limit of three."""
@@ -444,22 +449,24 @@ def test_health_check_is_frequent_and_limited(image):
 
 
 @step(5)
+def test_health_check_needs_status_200_of_health(image, web):
+    """The health check succeeds only if /health returns status 200."""
+    status, output = run_health_check(image, web)
+    assert status == 0, f"it {outcome(status, output)}, although /health returns status 200"
+    next_to_404 = ["python", "-c", NEXT_TO_404]
+    status, _ = run_health_check(image, web, "HOST=127.0.0.1", "PORT=9090", before=next_to_404)
+    assert status, "it exits with status 0, although /health returns status 404"
+
+
+@step(5)
 def test_health_check_uses_host_and_port(image, web):
     """The health check uses HOST and PORT, or 127.0.0.1 and 8080 if they are empty."""
     for setting in ("HOST=127.0.0.2", "HOST=", "PORT="):
         status, output = run_health_check(image, web, setting)
-        assert status == 0, f"with {setting} it fails although the app answers: {output[-200:]}"
+        assert status == 0, f"with {setting} it {outcome(status, output)}, although the app answers"
     for setting in ("HOST=no-such-host", "PORT=9"):
         status, _ = run_health_check(image, web, setting)
-        assert status, f"with {setting} it succeeds although nothing listens there"
-
-
-@step(5)
-def test_health_check_needs_status_200_of_health(image, web):
-    """The health check succeeds only if /health returns status 200."""
-    next_to_404 = ["python", "-c", NEXT_TO_404]
-    status, _ = run_health_check(image, web, "HOST=127.0.0.1", "PORT=9090", before=next_to_404)
-    assert status, "it succeeds although /health returns 404"
+        assert status, f"with {setting} it exits with status 0, although nothing listens there"
 
 
 @step(6)
