@@ -4,6 +4,7 @@
 """
 
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -107,45 +108,41 @@ def call_redis(operation, *arguments):
 class CircuitBreaker:
     """Spares requests the wait for a Redis that fails.
 
-    Closed: every call runs its operation. A failure opens the breaker.
-    Open: calls return the reason of the last failure at once.
-    Trial: while the breaker is open, one call at a time runs its operation, at least a second after
-    the last failure. If it succeeds, the breaker closes.
+    While it is closed, every call runs its operation. A failure opens it. While it is open, calls
+    return the reason of the last failure at once, except for the trial: a second after the last
+    failure, the next call runs its operation. If it succeeds, the breaker closes.
 
-    An operation may be so slow that the breaker opens and closes before it ends. If it then fails,
-    it opens the breaker until the next trial. If it succeeds, it changes nothing.
+    An operation may be so slow that it ends after such a change. If it fails then, it opens the
+    breaker although Redis works, until the next trial. If it succeeds, it closes the breaker
+    although Redis fails, until the next failure.
     """
 
     def __init__(self):
         self._lock = threading.Lock()  # held to read or change the following
         self._reason = None  # why the breaker is open; None while it is closed
         self._next_trial = 0.0  # not before this time.monotonic()
-        self._trial_is_running = False
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
-        is_trial = False
         with self._lock:
             if self._reason is not None:
-                if self._trial_is_running or time.monotonic() < self._next_trial:
+                if time.monotonic() < self._next_trial:
                     return None, self._reason
-                is_trial = True
-                self._trial_is_running = True
+                self._next_trial = math.inf  # this call is the trial, and has to end before another
         try:
             result = operation(client, *arguments)
-            if is_trial:
-                self._close()
-            return result, None
-        # OSError comes from the network, UnicodeError from an impossible host name like a..b.
         except (redis.RedisError, OSError, UnicodeError) as error:
+            # OSError comes from the network, UnicodeError from an impossible host name like a..b.
             reason = describe(error)
             self._open(reason)
             close_idle_connections(client)
             return None, reason
-        finally:  # also after a bug in the operation
-            if is_trial:
-                with self._lock:
-                    self._trial_is_running = False
+        except BaseException:  # a bug in the operation, so the next call can be a trial
+            with self._lock:
+                self._next_trial = 0.0
+            raise
+        self._close()
+        return result, None
 
     def _open(self, reason):
         with self._lock:
@@ -157,8 +154,10 @@ class CircuitBreaker:
 
     def _close(self):
         with self._lock:
+            was_open = self._reason is not None
             self._reason = None
-        app.logger.warning("Redis is back, hits are counted again")
+        if was_open:
+            app.logger.warning("Redis is back, hits are counted again")
 
 
 breaker = CircuitBreaker()
@@ -246,8 +245,8 @@ def client_for_host(host, options):
         raise ValueError("REDIS_HOST must be a host name or an IP address, without a port")
     port = whole_number("REDIS_PORT", 6379, 1, 65535)
     db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
-    # Without driver_info, redis-py saves another step, CLIENT SETINFO. It needs that step with TLS,
-    # which only a URL can have.
+    # driver_info=None saves another step: CLIENT SETINFO. client_for_url does not save it, because
+    # redis-py 8.1 drops a new TLS connection that has had no such step.
     return redis.Redis(host=host, port=port, db=db, driver_info=None, **options)
 
 

@@ -32,8 +32,8 @@ def main():
     except ValueError as error:
         sys.exit(str(error))
     version = setting("BUILD_VERSION", "dev")
-    served = f"{host} port {port}, workers: {workers}"
-    print(f"lab25-web {version} on {served}", flush=True)
+    place = f"{host} port {port}"
+    print(f"lab25-web {version} on {place}, workers: {workers}", flush=True)
 
     # Forked workers have the same start_time, and share the memory of app.py. On macOS, and from
     # Python 3.14 on, they would not be forked by default, and import app.py again.

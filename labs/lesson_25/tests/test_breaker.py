@@ -119,14 +119,14 @@ def test_trial_that_dies_is_followed_by_another(app, client, stub, clock, death)
     assert result == (1, None), f"after a trial that died, the breaker stays open: {result}"
 
 
-def test_late_success_leaves_breaker_open(app, client, stub, clock):
+def test_late_success_closes_breaker_until_failure(app, client, stub):
     def succeed_in_outage(_):
         stub.error = FROZEN
         return hit(client)
 
     assert app.call_redis(succeed_in_outage) == ((None, REASON), None)
-    assert hit(client) == (None, REASON)
-    assert stub.calls == 1, f"only a trial must close the breaker, got {stub.calls} calls"
+    assert [hit(client) for _ in range(3)] == [(None, REASON)] * 3
+    assert stub.calls == 2, f"the next failure must open the breaker, got {stub.calls} calls"
 
 
 def test_moved_redis_is_followed_by_every_connection(app, client, clock, monkeypatch):
