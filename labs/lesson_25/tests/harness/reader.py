@@ -177,7 +177,8 @@ def own_swarm(reader):
     """Let `docker` be an engine in a container in a `with` block. It is in no swarm yet."""
     repository = f"{reader.registry.address}/{reader.registry.user}/{reader.name}-web"
     for tag in PUBLISHED:
-        built = build(f"version-{tag}", "--build-arg", f"BUILD_VERSION={tag}")
+        # A name of its own, because two units that build one name at once get in each other's way.
+        built = build(f"{reader.name}-{tag}", "--build-arg", f"BUILD_VERSION={tag}")
         reader.registry.push(built, f"{repository}:{tag}")
     reader.words["ghcr.io"] = "registry:5000"
     lacks = kernel_lacks(BASE)
