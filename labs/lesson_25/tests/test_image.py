@@ -41,7 +41,6 @@ def parse_time(text):
 def test_starts_and_answers(image):
     """A container starts, and answers requests from outside with status 200."""
     with container(image, wait=False) as web:
-        docker("start", web.name)
         unreachable = "nothing outside the container can reach its port 8080"
         answer = web.wait_for(lambda: web.get("/health"), 15, broken=unreachable)
         assert answer.status == 200, f"/health returned status {answer.status}"
@@ -247,7 +246,6 @@ def test_new_version_adds_no_layer(image, built_before, app_folder):
 def changed_web(changed):
     """A container of the changed image, which may fail to start."""
     with container(changed, wait=False) as web:
-        docker("start", web.name)
         yield web
 
 
