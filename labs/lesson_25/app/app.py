@@ -128,7 +128,7 @@ class CircuitBreaker:
             if self._reason is not None:
                 if time.monotonic() < self._next_trial:
                     return None, self._reason
-                self._next_trial = math.inf  # this call is the trial, and has to end before another
+                self._next_trial = math.inf  # this call is the trial; none starts before it ends
         try:
             result = operation(client, *arguments)
         except (redis.RedisError, OSError, UnicodeError) as error:
@@ -259,7 +259,7 @@ def is_ipv6_address(text):
 
 
 def limit_name_lookup():
-    """Wait for each name server 1 s at most. Call this before the first look-up."""
+    """Limit the wait for each name server to 1 s. Call this before the first look-up."""
     # glibc reads RES_OPTIONS. Its default is two attempts of 5 s each. Options that are set already
     # come last, and override ours.
     user_options = setting("RES_OPTIONS", "")

