@@ -36,7 +36,7 @@ def main():
     print(f"lab25-web {version} on {place}, workers: {workers}", flush=True)
 
     # Forked workers have the same start_time, and share the memory of app.py. On macOS, and from
-    # Python 3.14 on, they would not be forked by default, and import app.py again.
+    # Python 3.14 on, the default is another method: each worker would import app.py again.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
