@@ -4,7 +4,6 @@
 """
 
 import ipaddress
-import math
 import os
 import re
 import socket
@@ -70,13 +69,11 @@ def forbid_caching(response):
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an HTTP error as JSON.
-
-    If a route raises another exception, Flask logs the traceback and calls this with a 500.
-    """
-    headers = dict(error.get_headers())  # for example Allow, if the status is 405
-    headers.pop("Content-Type", None)  # it is text/html, and Flask sets another one for JSON
-    return {"error": error.description}, error.code, headers
+    """Return an HTTP error as JSON. Flask logs any other exception and passes a 500 to this."""
+    response = error.get_response()  # with the error's own headers, such as Allow
+    response.data = app.json.dumps({"error": error.description})
+    response.content_type = "application/json"
+    return response
 
 
 # --- How the routes call Redis
@@ -93,8 +90,7 @@ def add_hits(client, amount):
 def call_redis(operation, *arguments):
     """Return (operation(client, *arguments), None), or (None, reason) if Redis fails.
 
-    Return (None, None) if no Redis is configured. An exception that comes neither from Redis nor
-    from the network is a bug in the operation: it is raised, and only this request gets a 500.
+    Return (None, None) if no Redis is configured.
     """
     try:
         client = get_redis_client()
@@ -112,9 +108,9 @@ class CircuitBreaker:
     return the reason of the last failure at once, except for the trial: a second after the last
     failure, the next call runs its operation. If it succeeds, the breaker closes.
 
-    An operation may be so slow that it ends after such a change. If it fails then, it opens the
-    breaker although Redis works, until the next trial. If it succeeds, it closes the breaker
-    although Redis fails, until the next failure.
+    A slow operation may end after another one has opened or closed the breaker, and bring an old
+    result. A late failure opens it although Redis works, until the next trial. A late success
+    closes it although Redis fails, until the next failure.
     """
 
     def __init__(self):
@@ -128,18 +124,21 @@ class CircuitBreaker:
             if self._reason is not None:
                 if time.monotonic() < self._next_trial:
                     return None, self._reason
-                self._next_trial = math.inf  # this call is the trial; none starts before it ends
+                self._next_trial = float("inf")  # this is the trial; none starts before it ends
         try:
             result = operation(client, *arguments)
         except (redis.RedisError, OSError, UnicodeError) as error:
             # OSError comes from the network, UnicodeError from an impossible host name like a..b.
             reason = describe(error)
             self._open(reason)
-            close_idle_connections(client)
+            # Redis may have a new address, and only a new connection looks it up. Connections in
+            # use stay open, since other operations wait for their replies.
+            if hasattr(client, "connection_pool"):  # a test may use a client without one
+                client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
-        except BaseException:  # a bug in the operation, so the next call can be a trial
+        except BaseException:  # not from Redis but a bug: only this request gets a 500
             with self._lock:
-                self._next_trial = 0.0
+                self._next_trial = 0.0  # if this was the trial, the next call is another one
             raise
         self._close()
         return result, None
@@ -162,39 +161,26 @@ class CircuitBreaker:
 
 breaker = CircuitBreaker()
 
-
-def close_idle_connections(client):
-    """Close the connections that wait for their next use.
-
-    The name of Redis may have a new address, and only a new connection looks it up. Connections in
-    use stay open, since other operations wait for their replies.
-    """
-    if hasattr(client, "connection_pool"):  # a test may use a client without one
-        client.connection_pool.disconnect(inuse_connections=False)
-
-
 # --- The Redis client
 
 # The limit of each step of an operation. At worst, an operation takes all of these:
 #     1.0 s  to look up the name of Redis (limit_name_lookup sets this limit)
 #     0.5 s  to connect
-#     1.0 s  for TLS and CLIENT SETINFO, if there is a REDIS_URL
+#     0.5 s  for TLS, if REDIS_URL begins with rediss://
 #     0.5 s  to log in with a password
+#     1.0 s  for the name and the version of redis-py, which it sends in two commands
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
-#     4.0 s  in all, or more if several name servers or addresses of Redis are tried
+#     4.5 s  in all, or more if several name servers or addresses of Redis are tried
 # If Redis is frozen, an operation takes 0.5 s: the system still connects, but no reply comes.
 STEP_SECONDS = 0.5
 
-_redis_client = None  # created when it is first needed
+_redis_client = None  # created when it is first needed, and connects when it is used
 _redis_password = None  # the password of this client, for describe to remove it from messages
 
 
 def get_redis_client():
-    """Return the Redis client, or None if no Redis is configured. It connects when it is used.
-
-    Raise ValueError if a setting cannot be used, or if the package redis is not installed.
-    """
+    """Return the client, or None if no Redis is configured. Raise ValueError for a bad setting."""
     global _redis_client
     if _redis_client is None and (setting("REDIS_URL") or setting("REDIS_HOST")):
         if redis is None:
@@ -206,22 +192,20 @@ def get_redis_client():
 def create_redis_client():
     """Return a client for REDIS_URL, or else for REDIS_HOST. Raise ValueError for a bad setting."""
     global _redis_password
+    _redis_password = read_redis_password()
     options = {
-        "password": read_redis_password(),
+        "password": _redis_password,
         "socket_connect_timeout": STEP_SECONDS,
         "socket_timeout": STEP_SECONDS,
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        "protocol": 2,  # saves a step of each new connection: HELLO
+        "protocol": 2,  # needs one step less to connect than 3
     }
     if setting("REDIS_URL"):
         client = client_for_url(setting("REDIS_URL"), options)
-        # The URL may have a password of its own.
-        _redis_password = client.get_connection_kwargs().get("password")
-    else:
-        client = client_for_host(setting("REDIS_HOST"), options)
-        _redis_password = options["password"]
-    return client
+        _redis_password = client.get_connection_kwargs().get("password")  # the URL may have another
+        return client
+    return client_for_host(setting("REDIS_HOST"), options)
 
 
 def client_for_url(url, options):
@@ -240,22 +224,14 @@ def client_for_url(url, options):
 
 def client_for_host(host, options):
     """Return a client for this host, REDIS_PORT and REDIS_DB. Raise ValueError."""
-    if ":" in host and not is_ipv6_address(host):
-        # The value is not shown: it may be a URL, with a password.
-        raise ValueError("REDIS_HOST must be a host name or an IP address, without a port")
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:  # the value is not shown, because it may be a URL with a password
+            raise ValueError("REDIS_HOST must be a name or an address, without a port") from None
     port = whole_number("REDIS_PORT", 6379, 1, 65535)
     db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
-    # driver_info=None saves another step: CLIENT SETINFO. client_for_url does not save it, because
-    # redis-py 8.1 drops a new TLS connection that has had no such step.
-    return redis.Redis(host=host, port=port, db=db, driver_info=None, **options)
-
-
-def is_ipv6_address(text):
-    try:
-        ipaddress.IPv6Address(text)
-    except ValueError:
-        return False
-    return True
+    return redis.Redis(host=host, port=port, db=db, **options)
 
 
 def limit_name_lookup():
@@ -268,7 +244,7 @@ def limit_name_lookup():
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server that does not know the command AUTH quotes it, with the password or the start of it.
+    # After these words, a server that does not know AUTH quotes the start of the password.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")

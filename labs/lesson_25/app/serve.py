@@ -1,8 +1,7 @@
 """The start in production: `python serve.py` checks the settings and serves app.py with granian.
 
-granian starts worker processes, which answer the requests, and replaces a worker that dies. On
-SIGTERM, the workers finish the requests in flight, then all processes exit, with status 0. A worker
-that still runs after 5 s is killed.
+granian starts worker processes and replaces one that dies. On SIGTERM, the workers finish the
+requests in flight, and all processes exit with status 0.
 """
 
 import multiprocessing
@@ -14,10 +13,6 @@ from granian.http import HTTP1Settings
 
 from app import get_redis_client, limit_name_lookup, setting, whole_number
 
-# Under load, 16 workers took 240 MB of memory and 230 threads. The Compose files and the stack file
-# limit the service to 512 MB and 512 threads.
-MAX_WORKERS = 16
-
 
 def main():
     """Serve until a signal. Exit with one line if a setting cannot be used."""
@@ -25,18 +20,17 @@ def main():
     try:
         host = setting("HOST", "127.0.0.1")
         port = whole_number("PORT", 8080, 1, 65535)
-        workers = whole_number("WEB_CONCURRENCY", 2, 1, MAX_WORKERS)
+        # Under load, 16 workers take half of the memory and processes that the stacks allow.
+        workers = whole_number("WEB_CONCURRENCY", 2, 1, 16)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
         get_redis_client()  # raises ValueError if its settings cannot be used
         address = free_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
-    version = setting("BUILD_VERSION", "dev")
-    place = f"{host} port {port}"
-    print(f"lab25-web {version} on {place}, workers: {workers}", flush=True)
+    print(f"lab25-web starts on {host} port {port}", flush=True)
 
-    # Forked workers have the same start_time, and share the memory of app.py. On macOS, and from
-    # Python 3.14 on, the default is another method: each worker would import app.py again.
+    # Forked workers share the memory and the start_time of app.py. With another method, which is
+    # the default on macOS and in Python 3.14, each worker would import it again.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -44,16 +38,15 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # granian closes a connection if the headers of the next request take longer than this, in
-        # ms. Load balancers close idle connections after 60 s. granian must not be the first, or a
-        # request that a balancer has just sent would be lost.
+        # How long a connection may be idle, in ms. Load balancers close theirs after 60 s, and must
+        # do it before granian does, or a request that one has just sent would be lost.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
-        backpressure=5_000,  # connections of each worker, most of them idle
+        backpressure=5_000,  # connections that a worker accepts, most of them idle
         workers=workers,
         blocking_threads=8,  # requests at a time, in each worker
         respawn_failed_workers=True,
-        workers_kill_timeout=5,  # seconds; Docker would kill all after 10
-        log_level="error",  # hides granian's own messages, not those of app.py
+        workers_kill_timeout=5,  # s, for a worker that does not stop; Docker kills all after 10 s
+        log_level="error",  # of granian's messages about itself; app.py has its own log
         log_access=bool(access_log),
         # %r quotes the path, so that a line break in it cannot fake another line.
         log_access_format="%(time)s %(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
