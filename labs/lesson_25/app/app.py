@@ -20,8 +20,7 @@ except ImportError:  # an error only if a Redis is configured, see get_redis_cli
     redis = None
 
 app = Flask(__name__, static_folder=None)
-# serve.py imports this file once and then forks its workers. All have this time, so they report the
-# same uptime. Each has its own breaker, and its own copy of the client, which connects later.
+# serve.py imports this file once and then forks its workers, so all of them report the same uptime.
 start_time = time.monotonic()
 
 # --- Routes
@@ -36,7 +35,7 @@ def index():
     return {
         "message": "Hello from lab25",
         "path": request.path,
-        "host": request.headers.get("Host"),  # request.host is empty if the name has an underscore
+        "host": request.headers.get("Host"),  # request.host is empty for a name like a_b
         "env": setting("LAB_ENV", "dev"),
         "hit_count": hit_count,
         "redis_error": redis_error,
@@ -46,8 +45,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # Adding 0 is a write, so it fails whenever a hit would fail. A PING does not: a Redis that
-    # accepts no writes, because its disk is full, still answers it.
+    # Adding 0 fails whenever a hit would fail. A PING would not do: a Redis that is a replica, or
+    # whose memory is full, answers it but counts no hit.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -69,7 +68,7 @@ def forbid_caching(response):
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an HTTP error as JSON. Flask logs any other exception and passes a 500 to this."""
+    """Return an HTTP error as JSON. Any other exception, which Flask logs, comes here as a 500."""
     response = error.get_response()  # with the error's own headers, such as Allow
     response.data = app.json.dumps({"error": error.description})
     response.content_type = "application/json"
@@ -94,7 +93,7 @@ def call_redis(operation, *arguments):
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # a bad setting, under a server that does not check it at startup
+    except ValueError as error:  # a bad setting; serve.py rejects it at startup
         return None, describe(error)
     if client is None:
         return None, None
@@ -105,61 +104,63 @@ class CircuitBreaker:
     """Spares requests the wait for a Redis that fails.
 
     While it is closed, every call runs its operation. A failure opens it. While it is open, calls
-    return the reason of the last failure at once, except for the trial: a second after the last
-    failure, the next call runs its operation. If it succeeds, the breaker closes.
+    return the reason of the failure at once, but a second after it, one call becomes the trial and
+    runs its operation. If that fails, there is another trial a second later. If it succeeds, the
+    breaker closes. Nothing else closes it.
 
-    A slow operation may end after another one has opened or closed the breaker, and bring an old
-    result. A late failure opens it although Redis works, until the next trial. A late success
-    closes it although Redis fails, until the next failure.
+    An operation may start before an outage and fail only after it. This opens the breaker although
+    Redis works, until the next trial.
     """
 
     def __init__(self):
         self._lock = threading.Lock()  # held to read or change the following
         self._reason = None  # why the breaker is open; None while it is closed
-        self._next_trial = 0.0  # not before this time.monotonic()
+        self._next_trial = 0.0  # the time.monotonic() from which a trial may start
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
         with self._lock:
-            if self._reason is not None:
+            is_trial = self._reason is not None
+            if is_trial:
                 if time.monotonic() < self._next_trial:
                     return None, self._reason
-                self._next_trial = float("inf")  # this is the trial; none starts before it ends
+                self._next_trial = float("inf")  # no other trial starts before this one ends
         try:
             result = operation(client, *arguments)
         except (redis.RedisError, OSError, UnicodeError) as error:
             # OSError comes from the network, UnicodeError from an impossible host name like a..b.
             reason = describe(error)
-            self._open(reason)
-            # Redis may have a new address, and only a new connection looks it up. Connections in
-            # use stay open, since other operations wait for their replies.
+            self._open(reason, is_trial)
+            # redis-py has closed the connection that failed. The idle ones have to follow, because
+            # Redis may have a new address, and only a new connection looks it up.
             if hasattr(client, "connection_pool"):  # a test may use a client without one
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
         except BaseException:  # not from Redis but a bug: only this request gets a 500
-            with self._lock:
-                self._next_trial = 0.0  # if this was the trial, the next call is another one
+            if is_trial:
+                with self._lock:
+                    self._next_trial = 0.0  # the next call is a trial again
             raise
-        self._close()
+        if is_trial:
+            self._close()
         return result, None
 
-    def _open(self, reason):
+    def _open(self, reason, is_trial):
         with self._lock:
             was_closed = self._reason is None
-            self._reason = reason
-            self._next_trial = time.monotonic() + 1
+            if was_closed or is_trial:
+                self._reason = reason
+                self._next_trial = time.monotonic() + 1
         if was_closed:  # logged after the lock is released, because a log can be slow
             app.logger.warning("Redis failed, hits are not counted: %s", reason)
 
     def _close(self):
         with self._lock:
-            was_open = self._reason is not None
             self._reason = None
-        if was_open:
-            app.logger.warning("Redis is back, hits are counted again")
+        app.logger.warning("Redis is back, hits are counted again")
 
 
-breaker = CircuitBreaker()
+breaker = CircuitBreaker()  # each worker has its own
 
 # --- The Redis client
 
@@ -168,48 +169,50 @@ breaker = CircuitBreaker()
 #     0.5 s  to connect
 #     0.5 s  for TLS, if REDIS_URL begins with rediss://
 #     0.5 s  to log in with a password
-#     1.0 s  for the name and the version of redis-py, which it sends in two commands
+#     1.0 s  for CLIENT SETINFO, which redis-py sends twice
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
 #     4.5 s  in all, or more if several name servers or addresses of Redis are tried
-# If Redis is frozen, an operation takes 0.5 s: the system still connects, but no reply comes.
+# If Redis is frozen, it takes 0.5 s: its system still accepts connections, but no reply comes.
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed, and connects when it is used
-_redis_password = None  # the password of this client, for describe to remove it from messages
+_redis_password = None  # its password, for describe to remove it from messages
 
 
 def get_redis_client():
     """Return the client, or None if no Redis is configured. Raise ValueError for a bad setting."""
-    global _redis_client
+    global _redis_client, _redis_password
     if _redis_client is None and (setting("REDIS_URL") or setting("REDIS_HOST")):
         if redis is None:
             raise ValueError("Redis is configured, but the package redis is not installed")
-        _redis_client = create_redis_client()
+        _redis_client, _redis_password = create_redis_client()
+        limit_name_lookup()
     return _redis_client
 
 
 def create_redis_client():
-    """Return a client for REDIS_URL, or else for REDIS_HOST. Raise ValueError for a bad setting."""
-    global _redis_password
-    _redis_password = read_redis_password()
+    """Return a client for REDIS_URL, or else for REDIS_HOST, and its password.
+
+    Raise ValueError for a bad setting.
+    """
+    password = read_redis_password()
     options = {
-        "password": _redis_password,
+        "password": password,
         "socket_connect_timeout": STEP_SECONDS,
         "socket_timeout": STEP_SECONDS,
         # No retry: a hit that got no reply may have been counted, and would be counted twice.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        "protocol": 2,  # needs one step less to connect than 3
+        "protocol": 2,  # version 3 needs one more step to connect
     }
     if setting("REDIS_URL"):
         client = client_for_url(setting("REDIS_URL"), options)
-        _redis_password = client.get_connection_kwargs().get("password")  # the URL may have another
-        return client
-    return client_for_host(setting("REDIS_HOST"), options)
+        return client, client.get_connection_kwargs().get("password")  # the URL may have another
+    return client_for_host(setting("REDIS_HOST"), options), password
 
 
 def client_for_url(url, options):
-    """Return a client for this URL. Options in the URL override ours. Raise ValueError."""
+    """Return a client for this URL, whose own options override ours. Raise ValueError."""
     try:
         client = redis.Redis.from_url(url, **options)
         # redis-py checks some options only when it creates a connection. This one is never opened.
@@ -224,7 +227,7 @@ def client_for_url(url, options):
 
 def client_for_host(host, options):
     """Return a client for this host, REDIS_PORT and REDIS_DB. Raise ValueError."""
-    if ":" in host:
+    if ":" in host:  # only an IPv6 address may have one
         try:
             ipaddress.IPv6Address(host)
         except ValueError:  # the value is not shown, because it may be a URL with a password
@@ -235,16 +238,16 @@ def client_for_host(host, options):
 
 
 def limit_name_lookup():
-    """Limit the wait for each name server to 1 s. Call this before the first look-up."""
-    # glibc reads RES_OPTIONS. Its default is two attempts of 5 s each. Options that are set already
-    # come last, and override ours.
+    """Limit the wait for each name server to 1 s, from the first look-up of a name on."""
+    # glibc reads RES_OPTIONS, and its default is two attempts of 5 s. Options that the user has set
+    # come last, where they override ours.
     user_options = setting("RES_OPTIONS", "")
     os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
 
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # After these words, a server that does not know AUTH quotes the start of the password.
+    # A server may reply: unknown command 'AUTH', with args beginning with: 'start-of-password
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")
@@ -286,7 +289,6 @@ def read_redis_password():
 
 
 if __name__ == "__main__":
-    limit_name_lookup()
     try:
         get_redis_client()
         port = whole_number("PORT", 8080, 1, 65535)

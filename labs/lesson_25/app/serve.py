@@ -11,20 +11,19 @@ import sys
 from granian import Granian
 from granian.http import HTTP1Settings
 
-from app import get_redis_client, limit_name_lookup, setting, whole_number
+from app import get_redis_client, setting, whole_number
 
 
 def main():
     """Serve until a signal. Exit with one line if a setting cannot be used."""
-    limit_name_lookup()
     try:
         host = setting("HOST", "127.0.0.1")
         port = whole_number("PORT", 8080, 1, 65535)
-        # Under load, 16 workers take half of the memory and processes that the stacks allow.
+        # Under load, 16 workers take half of the memory that the Compose files allow.
         workers = whole_number("WEB_CONCURRENCY", 2, 1, 16)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
         get_redis_client()  # raises ValueError if its settings cannot be used
-        address = free_address(host, port)
+        address = resolve_free_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
     print(f"lab25-web starts on {host} port {port}", flush=True)
@@ -38,22 +37,22 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # How long a connection may be idle, in ms. Load balancers close theirs after 60 s, and must
-        # do it before granian does, or a request that one has just sent would be lost.
+        # How long a connection may be idle, in ms. A load balancer closes it after 60 s. If granian
+        # were the first, it could close one on which the balancer has just sent a request.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
-        backpressure=5_000,  # connections that a worker accepts, most of them idle
+        backpressure=5_000,  # connections that a worker holds, most of them idle
         workers=workers,
         blocking_threads=8,  # requests at a time, in each worker
         respawn_failed_workers=True,
-        workers_kill_timeout=5,  # s, for a worker that does not stop; Docker kills all after 10 s
-        log_level="error",  # of granian's messages about itself; app.py has its own log
+        workers_kill_timeout=5,  # s; longer than the 4.5 s that a request may wait for Redis
+        log_level="error",  # hides what granian logs about itself, not what app.py logs
         log_access=bool(access_log),
         # %r quotes the path, so that a line break in it cannot fake another line.
         log_access_format="%(time)s %(addr)s %(method)s %(path)r %(status)d %(dt_ms).1f ms",
     ).serve()
 
 
-def free_address(host, port):
+def resolve_free_address(host, port):
     """Return the IP address of this host, because granian accepts no name.
 
     Raise ValueError if the port is not free: two granians would share it without a warning.

@@ -25,7 +25,6 @@ def server(app, monkeypatch):
     monkeypatch.setattr(serve, "Granian", server)
     monkeypatch.setattr(flask.Flask, "run", server)
     monkeypatch.setattr(serve.multiprocessing, "set_start_method", lambda _: None)
-    monkeypatch.setenv("RES_OPTIONS", "")  # or what a start sets would stay
     monkeypatch.setenv("PORT", str(free_port()))
     return server
 
@@ -125,8 +124,9 @@ def test_server_limits_suit_proxies_and_docker(server):
     assert connections > limits.IDLE_CONNECTIONS, f"a worker accepts {connections} connections"
 
 
-@pytest.mark.parametrize("start", [serve.main, run_app])
-def test_name_lookup_limit_is_set_first(refusal, start):
+def test_name_lookup_limit_is_set_before_client_connects(app, monkeypatch):
     """glibc reads RES_OPTIONS at the first look-up. Options of the user override ours."""
-    refusal(start, PORT="0", RES_OPTIONS="ndots:1 timeout:3")
+    monkeypatch.setenv("REDIS_HOST", "redis")
+    monkeypatch.setenv("RES_OPTIONS", "ndots:1 timeout:3")
+    app.get_redis_client()
     assert os.environ["RES_OPTIONS"] == "timeout:1 attempts:1 ndots:1 timeout:3"
