@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Create a repository for a service of your own from the files of this one.
+"""Create a repository for your own service from the files of this repository.
 
 Usage: new_service.py NAME OWNER FOLDER
 Example: new_service.py orders-api your-name ../orders-api
@@ -13,7 +13,7 @@ import sys
 
 CLONE = pathlib.Path(__file__).resolve().parents[2]
 NAME_RULE = "1 to 30 letters, digits and dashes, with a letter first and no dash at the end"
-OWNER_RULE = "an account on GitHub: 1 to 39 letters, digits and single dashes between them"
+OWNER_RULE = "a GitHub account: 1 to 39 letters, digits and single dashes between them"
 # Names of files and folders that only the lesson needs.
 LESSON = {"lesson_25.md", "steps", "bench", "new_service.py", "run"}
 LESSON_TESTS = {"test_judge.py", "test_new_service.py", "test_texts.py", "test_timing.py"}
@@ -22,7 +22,7 @@ LESSON_LINES = r"^.*lesson only, to the end(?s:.*)|^(.*lesson only|@step\().*\n|
 README_SECTIONS = ("Run it", "Test it", "Publish it", "Where to read on", "Trouble")
 REMAINS = """\
 {folder} is a repository with one commit. Remaining decisions:
-  license      add a file LICENSE, which is missing
+  license      add a LICENSE file
   description  in README.md and .github/workflows/docker-image-{name}.yml
   maintainer   the label in app/Dockerfile
   greeting     git grep "Hello from {name}"
@@ -33,17 +33,17 @@ Start and test it in {folder}:
 
 
 def in_lower_case(argument, value, pattern, rule):
-    """Return value in lower case. Raise ValueError if it does not match the pattern even then."""
+    """Return value in lower case. Raise ValueError if that does not match the pattern."""
     lower = value.lower()
     if not re.fullmatch(pattern, lower):
         raise ValueError(f"{argument} must be {rule}, got {value!r}.")
     if lower != value:
-        print(f"{argument} is changed to {lower}, because image names are in lower case.")
+        print(f"{argument} is changed to {lower}, because image names must be in lower case.")
     return lower
 
 
 def new_words(name, prefix, owner):
-    """Return the replacement of each word of the lesson in the service's files and paths."""
+    """Return the replacements for the lesson's words in the service's files and paths."""
     return {
         "labs/lesson_25/": "",
         "](../../../": "](../",
@@ -61,7 +61,7 @@ def new_words(name, prefix, owner):
 
 
 def git(folder, *arguments):
-    """Return what git prints. Raise CalledProcessError if it fails, after git has printed why."""
+    """Return the output of git. Raise CalledProcessError if git fails, after it printed why."""
     return subprocess.check_output(["git", "-C", folder, *arguments], text=True)
 
 
@@ -112,7 +112,7 @@ def main():
         commit(folder, owner)
     except (Exception, KeyboardInterrupt) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        sys.exit(f"Cannot make {folder}: {error!r}")
+        sys.exit(f"Cannot create {folder}: {error!r}")
     print(REMAINS.format(folder=folder, name=name, prefix=prefix))
 
 

@@ -1,4 +1,4 @@
-"""A hit counter on Redis: the routes, how they call Redis, the client, the settings.
+"""A hit counter on Redis: routes, Redis calls, client and settings.
 
 `python app.py` runs it in Flask's development server. In production, serve.py starts it.
 """
@@ -16,7 +16,7 @@ from werkzeug.exceptions import HTTPException
 
 try:
     import redis
-except ImportError:  # an error only if a Redis is configured, see get_redis_client
+except ImportError:  # an error only if Redis is configured; see get_redis_client
     redis = None
 
 app = Flask(__name__, static_folder=None)
@@ -60,8 +60,8 @@ def health():
 
 
 @app.after_request
-def forbid_caching(response):
-    """Forbid caches to store an answer, or they could give one number to two visitors."""
+def disable_caching(response):
+    """Disable caching, because a cache could give one number to two visitors."""
     response.headers["Cache-Control"] = "no-store"
     return response
 
@@ -75,13 +75,13 @@ def error_as_json(error):
     return response
 
 
-# --- How the routes call Redis
+# --- Redis calls
 
 
 def add_hits(client, amount):
-    """Add to the counter and return the new count. Raise RedisError if the reply is no number."""
+    """Add to the counter and return the new count. Raise RedisError if the reply is not one."""
     count = client.incr("lab25_hits", amount)
-    if not isinstance(count, int):  # a server that is not Redis may reply with a text
+    if not isinstance(count, int):  # a server that is not Redis can reply with text
         raise redis.RedisError(f"the count must be a number, got {count!r}; is this Redis?")
     return count
 
@@ -89,11 +89,11 @@ def add_hits(client, amount):
 def call_redis(operation, *arguments):
     """Return (operation(client, *arguments), None), or (None, reason) if Redis fails.
 
-    Return (None, None) if no Redis is configured.
+    Return (None, None) if Redis is not configured.
     """
     try:
         client = get_redis_client()
-    except ValueError as error:  # a bad setting; serve.py rejects it at startup
+    except ValueError as error:  # an invalid setting, which serve.py rejects at startup
         return None, describe(error)
     if client is None:
         return None, None
@@ -101,7 +101,7 @@ def call_redis(operation, *arguments):
 
 
 class CircuitBreaker:
-    """Spares requests the wait for a Redis that fails.
+    """Saves requests from waiting while Redis fails.
 
     While it is closed, every call runs its operation. A failure opens it. While it is open, calls
     return the reason of the failure at once, but a second after it, one call becomes the trial and
@@ -113,9 +113,9 @@ class CircuitBreaker:
     """
 
     def __init__(self):
-        self._lock = threading.Lock()  # held to read or change the following
+        self._lock = threading.Lock()  # protects the two fields below
         self._reason = None  # why the breaker is open; None while it is closed
-        self._next_trial = 0.0  # the time.monotonic() from which a trial may start
+        self._next_trial = 0.0  # the earliest time.monotonic() of a trial
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
@@ -128,15 +128,15 @@ class CircuitBreaker:
         try:
             result = operation(client, *arguments)
         except (redis.RedisError, OSError, UnicodeError) as error:
-            # OSError comes from the network, UnicodeError from an impossible host name like a..b.
+            # OSError comes from the network, UnicodeError from an invalid host name like a..b.
             reason = describe(error)
             self._open(reason, is_trial)
-            # redis-py has closed the connection that failed. The idle ones have to follow, because
-            # Redis may have a new address, and only a new connection looks it up.
-            if hasattr(client, "connection_pool"):  # a test may use a client without one
+            # redis-py has closed the connection that failed. Close the idle ones too, because Redis
+            # can have a new address, which only a new connection looks up.
+            if hasattr(client, "connection_pool"):  # the client of a test can lack one
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
-        except BaseException:  # not from Redis but a bug: only this request gets a 500
+        except BaseException:  # a bug in the operation: only this request gets a 500
             if is_trial:
                 with self._lock:
                     self._next_trial = 0.0  # the next call is a trial again
@@ -151,7 +151,7 @@ class CircuitBreaker:
             if was_closed or is_trial:
                 self._reason = reason
                 self._next_trial = time.monotonic() + 1
-        if was_closed:  # logged after the lock is released, because a log can be slow
+        if was_closed:  # logged after the lock is released, because logging can be slow
             app.logger.warning("Redis failed, hits are not counted: %s", reason)
 
     def _close(self):
@@ -173,15 +173,15 @@ breaker = CircuitBreaker()  # each worker has its own
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
 #     4.5 s  in all, or more if several name servers or addresses of Redis are tried
-# If Redis is frozen, it takes 0.5 s: its system still accepts connections, but no reply comes.
+# If Redis is frozen, it takes 0.5 s: the kernel still connects, but the first reply never comes.
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed, and connects when it is used
-_redis_password = None  # its password, for describe to remove it from messages
+_redis_password = None  # its password, which describe removes from messages
 
 
 def get_redis_client():
-    """Return the client, or None if no Redis is configured. Raise ValueError for a bad setting."""
+    """Return the client, or None if none is configured. Raise ValueError for an invalid setting."""
     global _redis_client, _redis_password
     if _redis_client is None and (setting("REDIS_URL") or setting("REDIS_HOST")):
         if redis is None:
@@ -194,30 +194,30 @@ def get_redis_client():
 def create_redis_client():
     """Return a client for REDIS_URL, or else for REDIS_HOST, and its password.
 
-    Raise ValueError for a bad setting.
+    Raise ValueError for an invalid setting.
     """
     password = read_redis_password()
     options = {
         "password": password,
         "socket_connect_timeout": STEP_SECONDS,
         "socket_timeout": STEP_SECONDS,
-        # No retry: a hit that got no reply may have been counted, and would be counted twice.
+        # No retry: it would count a hit twice if only the reply was lost.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         "protocol": 2,  # version 3 needs one more step to connect
     }
     if setting("REDIS_URL"):
         client = client_for_url(setting("REDIS_URL"), options)
-        return client, client.get_connection_kwargs().get("password")  # the URL may have another
+        return client, client.get_connection_kwargs().get("password")  # the URL can have another
     return client_for_host(setting("REDIS_HOST"), options), password
 
 
 def client_for_url(url, options):
-    """Return a client for this URL, whose own options override ours. Raise ValueError."""
+    """Return a client. The URL's options override ours. Raise ValueError for an invalid URL."""
     try:
         client = redis.Redis.from_url(url, **options)
         # redis-py checks some options only when it creates a connection. This one is never opened.
         client.connection_pool.connection_class(**client.get_connection_kwargs())
-    except Exception:  # its message is not shown, because it may contain the password
+    except Exception:  # its message is not shown, because it can contain the password
         raise ValueError(
             "REDIS_URL must be an address that redis-py can use, such as"
             " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
@@ -226,11 +226,11 @@ def client_for_url(url, options):
 
 
 def client_for_host(host, options):
-    """Return a client for this host, REDIS_PORT and REDIS_DB. Raise ValueError."""
-    if ":" in host:  # only an IPv6 address may have one
+    """Return a client for the host. Raise ValueError if it, REDIS_PORT or REDIS_DB is invalid."""
+    if ":" in host:  # allowed only in an IPv6 address
         try:
             ipaddress.IPv6Address(host)
-        except ValueError:  # the value is not shown, because it may be a URL with a password
+        except ValueError:  # the value is not shown, because it can be a URL with a password
             raise ValueError("REDIS_HOST must be a name or an address, without a port") from None
     port = whole_number("REDIS_PORT", 6379, 1, 65535)
     db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
@@ -238,16 +238,16 @@ def client_for_host(host, options):
 
 
 def limit_name_lookup():
-    """Limit the wait for each name server to 1 s, from the first look-up of a name on."""
-    # glibc reads RES_OPTIONS, and its default is two attempts of 5 s. Options that the user has set
-    # come last, where they override ours.
+    """Limit the wait for each name server to 1 s, from the first lookup on."""
+    # glibc reads RES_OPTIONS, and by default makes two attempts of 5 s. Options that the user has
+    # set come last, where they override ours.
     user_options = setting("RES_OPTIONS", "")
     os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
 
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server may reply: unknown command 'AUTH', with args beginning with: 'start-of-password
+    # A server can reply: unknown command 'AUTH', with args beginning with: 'start-of-password
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")
@@ -264,7 +264,7 @@ def setting(name, default=None):
 
 
 def whole_number(name, default, lowest, highest):
-    """Return a setting as an integer. Raise ValueError if it is not one in this range."""
+    """Return a setting as an integer. Raise ValueError if it is not in this range."""
     text = setting(name, str(default))
     # int() alone would also accept " 80" and "8_0".
     if re.fullmatch("[0-9]{1,10}", text) and lowest <= int(text) <= highest:

@@ -1,4 +1,4 @@
-"""The start in production: `python serve.py` checks the settings and serves app.py with granian.
+"""The production entry point: `python serve.py` checks the settings and serves app.py with granian.
 
 granian starts worker processes and replaces one that dies. On SIGTERM, the workers finish the
 requests in flight, and all processes exit with status 0.
@@ -15,11 +15,11 @@ from app import get_redis_client, setting, whole_number
 
 
 def main():
-    """Serve until a signal. Exit with one line if a setting cannot be used."""
+    """Serve until a signal ends the process. Exit with one line if a setting is invalid."""
     try:
         host = setting("HOST", "127.0.0.1")
         port = whole_number("PORT", 8080, 1, 65535)
-        # Under load, 16 workers take half of the memory that the Compose files allow.
+        # Under load, 16 workers use half of the memory that the Compose files allow.
         workers = whole_number("WEB_CONCURRENCY", 2, 1, 16)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
         get_redis_client()  # raises ValueError if its settings cannot be used
@@ -42,7 +42,7 @@ def main():
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections that a worker holds, most of them idle
         workers=workers,
-        blocking_threads=8,  # requests at a time, in each worker
+        blocking_threads=8,  # concurrent requests in each worker
         respawn_failed_workers=True,
         workers_kill_timeout=5,  # s; longer than the 4.5 s that a request may wait for Redis
         log_level="error",  # hides what granian logs about itself, not what app.py logs
@@ -53,9 +53,9 @@ def main():
 
 
 def resolve_free_address(host, port):
-    """Return the IP address of this host, because granian accepts no name.
+    """Return the IP address of the host, because granian accepts no name.
 
-    Raise ValueError if the port is not free: two granians would share it without a warning.
+    Raise ValueError if the port is not free: two servers would share it without a warning.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

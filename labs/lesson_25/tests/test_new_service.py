@@ -51,8 +51,8 @@ def test_tests_of_service_are_found_and_pass(tmp_path):
         ("thirty-one-letters-and-digits-1", "acme", "new", "NAME must be"),
         ("api", "ac me", "new", "OWNER must be"),
         ("api", "acme", "", "FOLDER must not exist"),
-        ("api", "acme", "missing/new", "Cannot make"),
-        ("api", "acme", "new", "Cannot make"),  # the commit fails
+        ("api", "acme", "missing/new", "Cannot create"),
+        ("api", "acme", "new", "Cannot create"),  # the commit fails
     ],
 )
 def test_failure_leaves_no_file(name, owner, folder, reason, tmp_path):

@@ -85,7 +85,7 @@ def units(text):
                 found.append(Unit(text, heading))
         comment = COMMENT.fullmatch(line)
         mark = comment[1] if comment else ""
-        if mark == "goes on":
+        if mark == "continues":
             found.pop()
         elif mark == "starts here":
             found.append(Unit(text, heading))
