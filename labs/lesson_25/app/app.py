@@ -68,7 +68,7 @@ def disable_caching(response):
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an HTTP error as JSON. Any other exception, which Flask logs, comes here as a 500."""
+    """Return an HTTP error as JSON, also the InternalServerError that Flask makes of a bug."""
     response = error.get_response()  # with the error's own headers, such as Allow
     response.data = app.json.dumps({"error": error.description})
     response.content_type = "application/json"
@@ -79,7 +79,7 @@ def error_as_json(error):
 
 
 def add_hits(client, amount):
-    """Add to the counter and return the new count. Raise RedisError if the reply is not one."""
+    """Add to the counter and return its value. Raise RedisError if the reply is not a number."""
     count = client.incr("lab25_hits", amount)
     if not isinstance(count, int):  # a server that is not Redis can reply with text
         raise redis.RedisError(f"the count must be a number, got {count!r}; is this Redis?")
@@ -87,13 +87,10 @@ def add_hits(client, amount):
 
 
 def call_redis(operation, *arguments):
-    """Return (operation(client, *arguments), None), or (None, reason) if Redis fails.
-
-    Return (None, None) if Redis is not configured.
-    """
+    """Return (result, None), (None, reason) if Redis fails, or (None, None) if not configured."""
     try:
         client = get_redis_client()
-    except ValueError as error:  # an invalid setting, which serve.py rejects at startup
+    except ValueError as error:  # an invalid setting, unchecked if gunicorn runs the app
         return None, describe(error)
     if client is None:
         return None, None
@@ -104,26 +101,26 @@ class CircuitBreaker:
     """Saves requests from waiting while Redis fails.
 
     While it is closed, every call runs its operation. A failure opens it. While it is open, calls
-    return the reason of the failure at once, but a second after it, one call becomes the trial and
-    runs its operation. If that fails, there is another trial a second later. If it succeeds, the
-    breaker closes. Nothing else closes it.
+    return the reason of the failure at once, but a second after the failure, one call becomes the
+    trial and runs its operation. If the trial succeeds, the breaker closes. If the trial fails, the
+    next one follows a second later.
 
-    An operation may start before an outage and fail only after it. This opens the breaker although
+    A call can start before an outage and fail after its end. It opens the breaker again although
     Redis works, until the next trial.
     """
 
     def __init__(self):
         self._lock = threading.Lock()  # protects the two fields below
         self._reason = None  # why the breaker is open; None while it is closed
-        self._next_trial = 0.0  # the earliest time.monotonic() of a trial
+        self._next_trial = 0.0  # while it is open: the earliest time.monotonic() of a trial
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
         with self._lock:
+            if self._reason is not None and time.monotonic() < self._next_trial:
+                return None, self._reason
             is_trial = self._reason is not None
             if is_trial:
-                if time.monotonic() < self._next_trial:
-                    return None, self._reason
                 self._next_trial = float("inf")  # no other trial starts before this one ends
         try:
             result = operation(client, *arguments)
@@ -142,22 +139,20 @@ class CircuitBreaker:
                     self._next_trial = 0.0  # the next call is a trial again
             raise
         if is_trial:
-            self._close()
+            with self._lock:
+                self._reason = None
+            app.logger.warning("Redis is back, hits are counted again")
         return result, None
 
     def _open(self, reason, is_trial):
         with self._lock:
-            was_closed = self._reason is None
-            if was_closed or is_trial:
-                self._reason = reason
-                self._next_trial = time.monotonic() + 1
-        if was_closed:  # logged after the lock is released, because logging can be slow
+            was_open = self._reason is not None
+            if was_open and not is_trial:
+                return  # another call has opened it, and only the trial can prolong it
+            self._reason = reason
+            self._next_trial = time.monotonic() + 1
+        if not was_open:  # logged after the lock is released, because logging can be slow
             app.logger.warning("Redis failed, hits are not counted: %s", reason)
-
-    def _close(self):
-        with self._lock:
-            self._reason = None
-        app.logger.warning("Redis is back, hits are counted again")
 
 
 breaker = CircuitBreaker()  # each worker has its own
@@ -187,15 +182,12 @@ def get_redis_client():
         if redis is None:
             raise ValueError("Redis is configured, but the package redis is not installed")
         _redis_client, _redis_password = create_redis_client()
-        limit_name_lookup()
+        limit_name_lookup()  # before the client connects
     return _redis_client
 
 
 def create_redis_client():
-    """Return a client for REDIS_URL, or else for REDIS_HOST, and its password.
-
-    Raise ValueError for an invalid setting.
-    """
+    """Return a client and its password. Raise ValueError for an invalid setting."""
     password = read_redis_password()
     options = {
         "password": password,
@@ -215,13 +207,11 @@ def client_for_url(url, options):
     """Return a client. The URL's options override ours. Raise ValueError for an invalid URL."""
     try:
         client = redis.Redis.from_url(url, **options)
-        # redis-py checks some options only when it creates a connection. This one is never opened.
+        # redis-py checks some options only when it creates a connection, so create one, unopened.
         client.connection_pool.connection_class(**client.get_connection_kwargs())
     except Exception:  # its message is not shown, because it can contain the password
-        raise ValueError(
-            "REDIS_URL must be an address that redis-py can use, such as"
-            " redis://USER:PASSWORD@HOST:6379/0, rediss://… (TLS) or unix:///PATH"
-        ) from None
+        requirement = "an address that redis-py can use, such as redis://USER:PASSWORD@HOST:6379/0"
+        raise ValueError(f"REDIS_URL must be {requirement}") from None
     return client
 
 
@@ -238,16 +228,15 @@ def client_for_host(host, options):
 
 
 def limit_name_lookup():
-    """Limit the wait for each name server to 1 s, from the first lookup on."""
+    """Limit the wait for each name server to 1 s. Call this before a name is looked up."""
     # glibc reads RES_OPTIONS, and by default makes two attempts of 5 s. Options that the user has
     # set come last, where they override ours.
-    user_options = setting("RES_OPTIONS", "")
-    os.environ["RES_OPTIONS"] = f"timeout:1 attempts:1 {user_options}"
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1 " + setting("RES_OPTIONS", "")
 
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server can reply: unknown command 'AUTH', with args beginning with: 'start-of-password
+    # A server without AUTH repeats the start of the password after these words.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")

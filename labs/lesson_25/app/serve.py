@@ -22,14 +22,14 @@ def main():
         # Under load, 16 workers use half of the memory that the Compose files allow.
         workers = whole_number("WEB_CONCURRENCY", 2, 1, 16)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
-        get_redis_client()  # raises ValueError if its settings cannot be used
+        get_redis_client()  # checks its settings, and limits the wait for name servers
         address = resolve_free_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
     print(f"lab25-web starts on {host} port {port}", flush=True)
 
-    # Forked workers share the memory and the start_time of app.py. With another method, which is
-    # the default on macOS and in Python 3.14, each worker would import it again.
+    # Forked workers start with a copy of app.py's state, such as start_time. With another method,
+    # the default on macOS and in Python 3.14, each worker would import app.py again.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -37,8 +37,8 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # How long a connection may be idle, in ms. A load balancer closes it after 60 s. If granian
-        # were the first, it could close one on which the balancer has just sent a request.
+        # In ms. This also closes idle connections, but after a load balancer, which closes its own
+        # after 60 s. Otherwise, it could send a request on a connection that is being closed.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections that a worker holds, most of them idle
         workers=workers,
