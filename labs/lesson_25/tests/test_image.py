@@ -284,8 +284,8 @@ def test_build_context_has_only_needed_files(context, tmp_path):
 
 def build_builder(folder, *options):
     """Build the stage builder. Return its exit status and its output in lower case."""
-    command = ["build", "--target", "builder", "--progress", "plain", *options, folder]
-    result = docker(*command, check=False)
+    command = ["build", "--target=builder", "--output=type=cacheonly", "--progress=plain", *options]
+    result = docker(*command, folder, check=False)
     return result.returncode, (result.stdout + result.stderr).lower()
 
 
@@ -427,8 +427,9 @@ def run_health_check(image, web, *settings, before=()):
 
 
 def outcome(status, output):
-    """Return what a message shows of a command: its exit status and its output."""
-    return f"exits with status {status} and prints {output[-200:] or 'nothing'}"
+    """Return what a message shows of a command: its exit status and its last line."""
+    *_, last_line = ["nothing", *output.splitlines()]
+    return f"exits with status {status} and prints {last_line[-200:]}"
 
 
 @step(5)
