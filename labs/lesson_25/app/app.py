@@ -45,8 +45,8 @@ def index():
 @app.get("/health")
 def health():
     """Return status 200 while this process can serve, with or without Redis."""
-    # Adding 0 fails whenever a hit would fail. A PING would not do: a Redis that is a replica, or
-    # whose memory is full, answers it but counts no hit.
+    # Adding 0 is a write, so it fails whenever a hit would fail. A PING would not do: a Redis that
+    # is a replica, or whose memory is full, answers it but counts no hit.
     hit_count, _ = call_redis(add_hits, 0)
     return {
         "status": "ok",
@@ -68,7 +68,7 @@ def disable_caching(response):
 
 @app.errorhandler(HTTPException)
 def error_as_json(error):
-    """Return an HTTP error as JSON, also the InternalServerError that Flask makes of a bug."""
+    """Return an HTTP error as JSON. Flask turns any other exception into InternalServerError."""
     response = error.get_response()  # with the error's own headers, such as Allow
     response.data = app.json.dumps({"error": error.description})
     response.content_type = "application/json"
@@ -90,7 +90,7 @@ def call_redis(operation, *arguments):
     """Return (result, None), (None, reason) if Redis fails, or (None, None) if not configured."""
     try:
         client = get_redis_client()
-    except ValueError as error:  # an invalid setting, unchecked if gunicorn runs the app
+    except ValueError as error:  # an invalid setting, in a server other than serve.py
         return None, describe(error)
     if client is None:
         return None, None
@@ -105,54 +105,56 @@ class CircuitBreaker:
     trial and runs its operation. If the trial succeeds, the breaker closes. If the trial fails, the
     next one follows a second later.
 
-    A call can start before an outage and fail after its end. It opens the breaker again although
-    Redis works, until the next trial.
+    A call that started during an outage can fail after its end. Then the breaker opens again,
+    although Redis works, until the next trial.
     """
 
     def __init__(self):
-        self._lock = threading.Lock()  # protects the two fields below
+        self._lock = threading.Lock()  # protects the fields below
         self._reason = None  # why the breaker is open; None while it is closed
         self._next_trial = 0.0  # while it is open: the earliest time.monotonic() of a trial
+        self._trial_is_running = False
 
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
         with self._lock:
-            if self._reason is not None and time.monotonic() < self._next_trial:
+            was_open = self._reason is not None
+            if was_open and (self._trial_is_running or time.monotonic() < self._next_trial):
                 return None, self._reason
-            is_trial = self._reason is not None
-            if is_trial:
-                self._next_trial = float("inf")  # no other trial starts before this one ends
+            if was_open:
+                self._trial_is_running = True  # this call is the trial
         try:
             result = operation(client, *arguments)
         except (redis.RedisError, OSError, UnicodeError) as error:
-            # OSError comes from the network, UnicodeError from an invalid host name like a..b.
+            # OSError comes from the network, UnicodeError from an invalid host name like a..b. Any
+            # other exception is a bug in the operation, and only its request gets a 500.
             reason = describe(error)
-            self._open(reason, is_trial)
+            self._open(reason)
             # redis-py has closed the connection that failed. Close the idle ones too, because Redis
             # can have a new address, which only a new connection looks up.
             if hasattr(client, "connection_pool"):  # the client of a test can lack one
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
-        except BaseException:  # a bug in the operation: only this request gets a 500
-            if is_trial:
-                with self._lock:
-                    self._next_trial = 0.0  # the next call is a trial again
-            raise
-        if is_trial:
-            with self._lock:
-                self._reason = None
-            app.logger.warning("Redis is back, hits are counted again")
-        return result, None
+        else:
+            if was_open:
+                self._close()
+            return result, None
+        finally:
+            if was_open:
+                self._trial_is_running = False
 
-    def _open(self, reason, is_trial):
+    def _open(self, reason):
         with self._lock:
             was_open = self._reason is not None
-            if was_open and not is_trial:
-                return  # another call has opened it, and only the trial can prolong it
             self._reason = reason
             self._next_trial = time.monotonic() + 1
         if not was_open:  # logged after the lock is released, because logging can be slow
             app.logger.warning("Redis failed, hits are not counted: %s", reason)
+
+    def _close(self):
+        with self._lock:
+            self._reason = None
+        app.logger.warning("Redis is back, hits are counted again")
 
 
 breaker = CircuitBreaker()  # each worker has its own
@@ -168,7 +170,6 @@ breaker = CircuitBreaker()  # each worker has its own
 #     0.5 s  to select a database other than 0
 #     0.5 s  for the reply to the operation
 #     4.5 s  in all, or more if several name servers or addresses of Redis are tried
-# If Redis is frozen, it takes 0.5 s: the kernel still connects, but the first reply never comes.
 STEP_SECONDS = 0.5
 
 _redis_client = None  # created when it is first needed, and connects when it is used
@@ -199,7 +200,7 @@ def create_redis_client():
     }
     if setting("REDIS_URL"):
         client = client_for_url(setting("REDIS_URL"), options)
-        return client, client.get_connection_kwargs().get("password")  # the URL can have another
+        return client, client.get_connection_kwargs().get("password")  # the URL can have its own
     return client_for_host(setting("REDIS_HOST"), options), password
 
 
@@ -236,7 +237,7 @@ def limit_name_lookup():
 
 def describe(error):
     """Return an exception as one line of at most 200 characters, without the password."""
-    # A server without AUTH repeats the start of the password after these words.
+    # A reply like "unknown command 'AUTH', with args beginning with: 'secret'" shows the password.
     text = str(error).partition(", with args beginning with")[0]
     if _redis_password:
         text = text.replace(_redis_password, "***")

@@ -37,8 +37,8 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # In ms. This also closes idle connections, but after a load balancer, which closes its own
-        # after 60 s. Otherwise, it could send a request on a connection that is being closed.
+        # In ms. A connection can also be idle for this time. Load balancers close idle ones after
+        # 60 s. If granian did so earlier, a balancer could send a request on a closed connection.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections that a worker holds, most of them idle
         workers=workers,

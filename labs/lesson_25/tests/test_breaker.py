@@ -82,21 +82,29 @@ def test_any_request_opens_and_closes_breaker(client, stub, clock, first):
 
 
 def test_eight_threads_run_one_trial(app, client, stub, clock, monkeypatch):
-    stub.error = FROZEN
-    hit(client)
-    clock.seconds += 1
-    reply = threading.Event()
+    started, ends, reply = threading.Event(), threading.Event(), threading.Event()
+
+    def last_into_outage(_):
+        started.set()
+        ends.wait(20)
 
     def wait_for_reply(*_):
         stub.calls += 1
         reply.wait(20)
         return 1
 
-    monkeypatch.setattr(stub, "incr", wait_for_reply)
-    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        earlier = pool.submit(app.call_redis, last_into_outage)
+        assert started.wait(10)
+        stub.error = FROZEN
+        hit(client)
+        clock.seconds += 1
+        monkeypatch.setattr(stub, "incr", wait_for_reply)
         hits = hits_at_once(app, pool, 8)
         others = "seven of eight requests return during the trial of the eighth"
         eventually(lambda: sum(one.done() for one in hits) == 7, 10, broken=others)
+        ends.set()
+        earlier.result(10)
         clock.seconds += 10  # a trial may take longer than the wait for the next one
         (ninth,) = hits_at_once(app, pool, 1)
         eventually(ninth.done, 10, broken="a request returns during a trial that takes long")
@@ -120,7 +128,7 @@ def test_trial_that_dies_is_followed_by_another(app, client, stub, clock, death)
 
 
 @pytest.mark.parametrize("end", [None, FROZEN, KeyError()])
-def test_operation_from_before_outage_does_not_end_or_prolong_it(app, client, stub, clock, end):
+def test_operation_from_before_outage_does_not_end_it(app, client, stub, clock, end):
     def end_in_outage(_):
         stub.error = FROZEN
         hit(client)
@@ -133,7 +141,7 @@ def test_operation_from_before_outage_does_not_end_or_prolong_it(app, client, st
     assert hit(client) == (None, REASON)
     assert stub.calls == 1, "a trial started early"
     stub.error = None
-    clock.seconds += 0.5
+    clock.seconds += 1
     assert hit(client) == (1, None), "no trial started a second after the failure"
 
 
