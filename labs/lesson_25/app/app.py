@@ -90,7 +90,7 @@ def call_redis(operation, *arguments):
     """Return (result, None), (None, reason) if Redis fails, or (None, None) if not configured."""
     try:
         client = get_redis_client()
-    except ValueError as error:  # an invalid setting, in a server other than serve.py
+    except ValueError as error:  # an invalid setting, if neither serve.py nor this file was run
         return None, describe(error)
     if client is None:
         return None, None
@@ -101,12 +101,11 @@ class CircuitBreaker:
     """Saves requests from waiting while Redis fails.
 
     While it is closed, every call runs its operation. A failure opens it. While it is open, calls
-    return the reason of the failure at once, but a second after the failure, one call becomes the
-    trial and runs its operation. If the trial succeeds, the breaker closes. If the trial fails, the
-    next one follows a second later.
+    return the reason of the failure at once, except for one call a second after each failure: this
+    trial runs its operation. If it succeeds, the breaker closes.
 
-    A call that started during an outage can fail after its end. Then the breaker opens again,
-    although Redis works, until the next trial.
+    Calls overlap, so one that started during an outage can fail after a trial has succeeded. The
+    breaker then opens again, although Redis works, until the next trial.
     """
 
     def __init__(self):
@@ -118,30 +117,31 @@ class CircuitBreaker:
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
         with self._lock:
-            was_open = self._reason is not None
-            if was_open and (self._trial_is_running or time.monotonic() < self._next_trial):
-                return None, self._reason
-            if was_open:
-                self._trial_is_running = True  # this call is the trial
+            is_trial = False
+            if self._reason is not None:
+                if self._trial_is_running or time.monotonic() < self._next_trial:
+                    return None, self._reason
+                is_trial = self._trial_is_running = True
         try:
             result = operation(client, *arguments)
         except (redis.RedisError, OSError, UnicodeError) as error:
             # OSError comes from the network, UnicodeError from an invalid host name like a..b. Any
-            # other exception is a bug in the operation, and only its request gets a 500.
+            # other exception is a bug in the operation: only this request gets a 500, and if it was
+            # the trial, the next call is another one.
             reason = describe(error)
             self._open(reason)
-            # redis-py has closed the connection that failed. Close the idle ones too, because Redis
-            # can have a new address, which only a new connection looks up.
+            # Redis can have a new address, and only a new connection looks it up.
             if hasattr(client, "connection_pool"):  # the client of a test can lack one
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
         else:
-            if was_open:
+            if is_trial:
                 self._close()
             return result, None
         finally:
-            if was_open:
-                self._trial_is_running = False
+            if is_trial:
+                with self._lock:
+                    self._trial_is_running = False
 
     def _open(self, reason):
         with self._lock:
@@ -162,7 +162,7 @@ breaker = CircuitBreaker()  # each worker has its own
 # --- The Redis client
 
 # The limit of each step of an operation. At worst, an operation takes all of these:
-#     1.0 s  to look up the name of Redis (limit_name_lookup sets this limit)
+#     1.0 s  to look up the name of Redis (RES_OPTIONS below sets this limit)
 #     0.5 s  to connect
 #     0.5 s  for TLS, if REDIS_URL begins with rediss://
 #     0.5 s  to log in with a password
@@ -171,6 +171,10 @@ breaker = CircuitBreaker()  # each worker has its own
 #     0.5 s  for the reply to the operation
 #     4.5 s  in all, or more if several name servers or addresses of Redis are tried
 STEP_SECONDS = 0.5
+
+# How glibc queries name servers. By default, it waits for each one twice, 5 s each time. The user's
+# options come last, where they override ours.
+os.environ["RES_OPTIONS"] = "timeout:1 attempts:1 " + os.environ.get("RES_OPTIONS", "")
 
 _redis_client = None  # created when it is first needed, and connects when it is used
 _redis_password = None  # its password, which describe removes from messages
@@ -183,7 +187,6 @@ def get_redis_client():
         if redis is None:
             raise ValueError("Redis is configured, but the package redis is not installed")
         _redis_client, _redis_password = create_redis_client()
-        limit_name_lookup()  # before the client connects
     return _redis_client
 
 
@@ -226,13 +229,6 @@ def client_for_host(host, options):
     port = whole_number("REDIS_PORT", 6379, 1, 65535)
     db = whole_number("REDIS_DB", 0, 0, 2**31 - 1)
     return redis.Redis(host=host, port=port, db=db, **options)
-
-
-def limit_name_lookup():
-    """Limit the wait for each name server to 1 s. Call this before a name is looked up."""
-    # glibc reads RES_OPTIONS, and by default makes two attempts of 5 s. Options that the user has
-    # set come last, where they override ours.
-    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1 " + setting("RES_OPTIONS", "")
 
 
 def describe(error):

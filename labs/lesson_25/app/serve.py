@@ -22,7 +22,7 @@ def main():
         # Under load, 16 workers use half of the memory that the Compose files allow.
         workers = whole_number("WEB_CONCURRENCY", 2, 1, 16)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
-        get_redis_client()  # checks its settings, and limits the wait for name servers
+        get_redis_client()  # raises ValueError if its settings are invalid
         address = resolve_free_address(host, port)
     except ValueError as error:
         sys.exit(str(error))
@@ -37,7 +37,7 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # In ms. A connection can also be idle for this time. Load balancers close idle ones after
+        # How long a connection waits for its next request, in ms. Load balancers close it after
         # 60 s. If granian did so earlier, a balancer could send a request on a closed connection.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections that a worker holds, most of them idle

@@ -38,7 +38,6 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def app(monkeypatch):
     """The app's module as after its import: without a client, its circuit breaker closed."""
-    monkeypatch.setenv("RES_OPTIONS", "")  # or what the app sets would stay
     monkeypatch.setattr(app_module, "_redis_client", None)
     monkeypatch.setattr(app_module, "_redis_password", None)
     monkeypatch.setattr(app_module, "breaker", app_module.CircuitBreaker())

@@ -3,6 +3,8 @@
 import os
 import runpy
 import socket
+import subprocess
+import sys
 import unittest.mock
 
 import flask
@@ -124,9 +126,9 @@ def test_server_limits_suit_proxies_and_docker(server):
     assert connections > limits.IDLE_CONNECTIONS, f"a worker accepts {connections} connections"
 
 
-def test_name_lookup_limit_is_set_before_client_connects(app, monkeypatch):
-    """glibc reads RES_OPTIONS at the first look-up. Options of the user override ours."""
-    monkeypatch.setenv("REDIS_HOST", "redis")
-    monkeypatch.setenv("RES_OPTIONS", "ndots:1 timeout:3")
-    app.get_redis_client()
-    assert os.environ["RES_OPTIONS"] == "timeout:1 attempts:1 ndots:1 timeout:3"
+def test_name_lookup_limit_is_set_at_import():
+    """glibc reads RES_OPTIONS at the first lookup. Options of the user override ours."""
+    program = "import app, os; print(os.environ['RES_OPTIONS'])"
+    environment = {**os.environ, "PYTHONPATH": str(CONTEXT), "RES_OPTIONS": "ndots:1 timeout:3"}
+    options = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    assert options == "timeout:1 attempts:1 ndots:1 timeout:3\n"
