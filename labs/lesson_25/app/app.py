@@ -90,7 +90,7 @@ def call_redis(operation, *arguments):
     """Return (result, None), (None, reason) if Redis fails, or (None, None) if not configured."""
     try:
         client = get_redis_client()
-    except ValueError as error:  # an invalid setting, if neither serve.py nor this file was run
+    except ValueError as error:  # an invalid setting, which serve.py rejects at startup
         return None, describe(error)
     if client is None:
         return None, None
@@ -101,8 +101,8 @@ class CircuitBreaker:
     """Saves requests from waiting while Redis fails.
 
     While it is closed, every call runs its operation. A failure opens it. While it is open, calls
-    return the reason of the failure at once, except for one call a second after each failure: this
-    trial runs its operation. If it succeeds, the breaker closes.
+    return the reason of the failure at once. But one second after the latest failure, a single
+    call, the trial, runs its operation. If the trial succeeds, the breaker closes.
 
     Calls overlap, so one that started during an outage can fail after a trial has succeeded. The
     breaker then opens again, although Redis works, until the next trial.
@@ -117,27 +117,27 @@ class CircuitBreaker:
     def call(self, client, operation, *arguments):
         """Return (operation(client, *arguments), None), or (None, reason) while Redis fails."""
         with self._lock:
-            is_trial = False
-            if self._reason is not None:
-                if self._trial_is_running or time.monotonic() < self._next_trial:
-                    return None, self._reason
+            if self._reason is None:
+                is_trial = False
+            elif self._trial_is_running or time.monotonic() < self._next_trial:
+                return None, self._reason
+            else:
                 is_trial = self._trial_is_running = True
         try:
             result = operation(client, *arguments)
-        except (redis.RedisError, OSError, UnicodeError) as error:
-            # OSError comes from the network, UnicodeError from an invalid host name like a..b. Any
-            # other exception is a bug in the operation: only this request gets a 500, and if it was
-            # the trial, the next call is another one.
-            reason = describe(error)
-            self._open(reason)
-            # Redis can have a new address, and only a new connection looks it up.
-            if hasattr(client, "connection_pool"):  # the client of a test can lack one
-                client.connection_pool.disconnect(inuse_connections=False)
-            return None, reason
-        else:
             if is_trial:
                 self._close()
             return result, None
+        except (redis.RedisError, OSError, UnicodeError) as error:
+            # OSError comes from the network, UnicodeError from an invalid host name like a..b. Any
+            # other exception is a bug in the operation: only its request gets a 500.
+            reason = describe(error)
+            self._open(reason)
+            # Redis can have a new address, which only a new connection looks up. Connections in use
+            # stay open, because other calls wait for their replies.
+            if hasattr(client, "connection_pool"):  # the client of a test can lack one
+                client.connection_pool.disconnect(inuse_connections=False)
+            return None, reason
         finally:
             if is_trial:
                 with self._lock:

@@ -37,8 +37,8 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # How long a connection waits for its next request, in ms. Load balancers close it after
-        # 60 s. If granian did so earlier, a balancer could send a request on a closed connection.
+        # Keep-alive in ms: granian closes a connection that sends no new request. A load balancer
+        # must close it first, usually after 60 s. Otherwise, it could send a request on a closed one.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections that a worker holds, most of them idle
         workers=workers,
