@@ -38,7 +38,7 @@ def main():
         interface="wsgi",
         http="1",
         # Keep-alive in ms: granian closes a connection that sends no new request. A load balancer
-        # must close it first, usually after 60 s. Otherwise, it could send a request on a closed one.
+        # must close it first, usually after 60 s. Otherwise, it could send a request too late.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections that a worker holds, most of them idle
         workers=workers,
