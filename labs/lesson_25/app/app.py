@@ -122,7 +122,8 @@ class CircuitBreaker:
             elif self._trial_is_running or time.monotonic() < self._next_trial:
                 return None, self._reason
             else:
-                is_trial = self._trial_is_running = True
+                is_trial = True
+                self._trial_is_running = True
         try:
             result = operation(client, *arguments)
             if is_trial:
@@ -133,13 +134,13 @@ class CircuitBreaker:
             # other exception is a bug in the operation: only its request gets a 500.
             reason = describe(error)
             self._open(reason)
-            # Redis can have a new address, which only a new connection looks up. Connections in use
-            # stay open, because other calls wait for their replies.
+            # Redis can have a new address, which only a new connection looks up. So close all
+            # connections, except those that other calls are using.
             if hasattr(client, "connection_pool"):  # the client of a test can lack one
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
         finally:
-            if is_trial:
+            if is_trial:  # however it ended; after a bug in the operation, the next call is a trial
                 with self._lock:
                     self._trial_is_running = False
 
@@ -172,8 +173,8 @@ breaker = CircuitBreaker()  # each worker has its own
 #     4.5 s  in all, or more if several name servers or addresses of Redis are tried
 STEP_SECONDS = 0.5
 
-# How glibc queries name servers. By default, it waits for each one twice, 5 s each time. The user's
-# options come last, where they override ours.
+# Options of glibc's name lookup: one attempt of 1 s for each name server, instead of two of 5 s.
+# Options that the user has set come last, so they override ours.
 os.environ["RES_OPTIONS"] = "timeout:1 attempts:1 " + os.environ.get("RES_OPTIONS", "")
 
 _redis_client = None  # created when it is first needed, and connects when it is used
@@ -183,6 +184,7 @@ _redis_password = None  # its password, which describe removes from messages
 def get_redis_client():
     """Return the client, or None if none is configured. Raise ValueError for an invalid setting."""
     global _redis_client, _redis_password
+    # Without a lock, because serve.py and `python app.py` call this before they start threads.
     if _redis_client is None and (setting("REDIS_URL") or setting("REDIS_HOST")):
         if redis is None:
             raise ValueError("Redis is configured, but the package redis is not installed")

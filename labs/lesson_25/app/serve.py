@@ -23,13 +23,13 @@ def main():
         workers = whole_number("WEB_CONCURRENCY", 2, 1, 16)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
         get_redis_client()  # raises ValueError if its settings are invalid
-        address = resolve_free_address(host, port)
+        address = check_port_and_resolve(host, port)
     except ValueError as error:
         sys.exit(str(error))
     print(f"lab25-web starts on {host} port {port}", flush=True)
 
-    # Forked workers start with a copy of app.py's state, such as start_time. With another method,
-    # the default on macOS and in Python 3.14, each worker would import app.py again.
+    # Forked workers inherit start_time from this process. With another method, the default on macOS
+    # and in Python 3.14, each worker would import app.py again, and set its own.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -37,8 +37,8 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # Keep-alive in ms: granian closes a connection that sends no new request. A load balancer
-        # must close it first, usually after 60 s. Otherwise, it could send a request too late.
+        # This is also granian's keep-alive, in ms. It must be longer than a load balancer's, usually
+        # 60 s, because a balancer could send a request on a connection that granian is closing.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections that a worker holds, most of them idle
         workers=workers,
@@ -52,10 +52,10 @@ def main():
     ).serve()
 
 
-def resolve_free_address(host, port):
+def check_port_and_resolve(host, port):
     """Return the IP address of the host, because granian accepts no name.
 
-    Raise ValueError if the port is not free: two servers would share it without a warning.
+    Raise ValueError if the port is not free, because granian would share it without a warning.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
