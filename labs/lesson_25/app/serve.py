@@ -19,7 +19,7 @@ def main():
     try:
         host = setting("HOST", "127.0.0.1")
         port = whole_number("PORT", 8080, 1, 65535)
-        # Under load, 16 workers use half of the memory that the Compose files allow.
+        # 16, because under load they use half of the 512 MB that the Compose files allow.
         workers = whole_number("WEB_CONCURRENCY", 2, 1, 16)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
         get_redis_client()  # raises ValueError if its settings are invalid
@@ -28,8 +28,8 @@ def main():
         sys.exit(str(error))
     print(f"lab25-web starts on {host} port {port}", flush=True)
 
-    # Forked workers inherit start_time from this process. With another method, the default on macOS
-    # and in Python 3.14, each worker would import app.py again, and set its own.
+    # Forked workers inherit start_time from this process. With another method, each worker would
+    # import app.py again and set its own. macOS and Python 3.14 have another default.
     multiprocessing.set_start_method("fork")
     Granian(
         "app:app",
@@ -37,8 +37,8 @@ def main():
         port=port,
         interface="wsgi",
         http="1",
-        # This is also granian's keep-alive, in ms. It must be longer than a load balancer's, usually
-        # 60 s, because a balancer could send a request on a connection that granian is closing.
+        # This is also granian's keep-alive, in ms. It must be longer than that of a load balancer,
+        # usually 60 s, which could send a request on a connection that granian is closing.
         http1_settings=HTTP1Settings(header_read_timeout=75_000),
         backpressure=5_000,  # connections that a worker holds, most of them idle
         workers=workers,

@@ -155,7 +155,7 @@ def test_stays_below_size_limit(image):
     total = sum(size for size, _ in steps)
     limit = LAYERS_OVER_BASE_BYTES / MEGABYTE
     large = [f"\n{size:.1f} MB: {command[:150]}" for size, command in steps if size > 0.1]
-    message = f"it adds {total:.1f} MB, the limit is {limit:.0f}; no step makes a layer smaller"
+    message = f"it adds {total:.1f} MB, the limit is {limit:.0f}; later steps shrink no layer"
     assert total < limit, message + "".join(large)
 
 
