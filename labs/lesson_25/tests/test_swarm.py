@@ -126,9 +126,12 @@ class Swarm:
         return [len(self.tasks(service)) for service in ("web", "redis")] == [2, 1]
 
     def runs(self, version):
-        """Return whether the stack is settled and each answer comes from this version."""
-        answers = [get_from_any(self.addresses, "/health") for _ in range(9)]
-        return {answer.json["version"] for answer in answers} == {version} and self.settled()
+        """Return whether the stack is settled and each task of web has this version."""
+        shown = [
+            node.run("docker", "exec", task, "printenv", "BUILD_VERSION", check=False).stdout
+            for node, task in self.tasks("web")
+        ]
+        return shown == [f"{version}\n"] * 2 and self.settled()
 
     @contextlib.contextmanager
     def killed(self, node):
