@@ -140,7 +140,8 @@ class CircuitBreaker:
                 client.connection_pool.disconnect(inuse_connections=False)
             return None, reason
         finally:
-            if is_trial:  # however it ended; after a bug in the operation, the next call is a trial
+            # After a bug in the operation, the breaker stays open, and the next call is a trial.
+            if is_trial:
                 with self._lock:
                     self._trial_is_running = False
 

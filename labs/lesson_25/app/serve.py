@@ -19,7 +19,7 @@ def main():
     try:
         host = setting("HOST", "127.0.0.1")
         port = whole_number("PORT", 8080, 1, 65535)
-        # 16, because under load they use half of the 512 MB that the Compose files allow.
+        # Under load, 16 workers use half of the 512 MB that the Compose files allow.
         workers = whole_number("WEB_CONCURRENCY", 2, 1, 16)
         access_log = whole_number("ACCESS_LOG", 0, 0, 1)
         get_redis_client()  # raises ValueError if its settings are invalid
@@ -55,7 +55,7 @@ def main():
 def check_port_and_resolve(host, port):
     """Return the IP address of the host, because granian accepts no name.
 
-    Raise ValueError if the port is not free, because granian would share it without a warning.
+    Raise ValueError if the port is taken, because granian would silently share it.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

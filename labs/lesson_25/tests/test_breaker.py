@@ -84,7 +84,7 @@ def test_any_request_opens_and_closes_breaker(client, stub, clock, first):
 def test_eight_threads_run_one_trial(app, client, stub, clock, monkeypatch):
     started, ends, reply = threading.Event(), threading.Event(), threading.Event()
 
-    def last_into_outage(_):
+    def end_during_trial(_):
         started.set()
         ends.wait(20)
 
@@ -94,7 +94,7 @@ def test_eight_threads_run_one_trial(app, client, stub, clock, monkeypatch):
         return 1
 
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
-        earlier = pool.submit(app.call_redis, last_into_outage)
+        earlier = pool.submit(app.call_redis, end_during_trial)
         assert started.wait(10)
         stub.error = FROZEN
         hit(client)
